@@ -1,0 +1,33 @@
+# Storyweft: `make demo` draws a story on a fresh machine, `make test` proves the pack right.
+PYTHON3 ?= python3
+RUN = $(shell $(PYTHON3) tools/environment.py which-python)
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test serve effects bench env which-python chromium
+
+demo: env
+	@$(RUN) tools/demo.py
+	@$(RUN) -m benchmarks.scores
+
+serve: env
+	@$(RUN) tools/server.py
+
+env:
+	@$(PYTHON3) tools/environment.py
+
+which-python:
+	@$(PYTHON3) tools/environment.py which-python
+
+chromium:
+	@sh tools/chromium.sh
+
+test: env chromium
+	$(RUN) -m ruff check .
+	$(RUN) tests/conformance.py tests/golden/*
+	$(RUN) -m pytest -q tests
+
+effects: env
+	$(RUN) -m benchmarks.effects
+
+bench: env
+	$(RUN) -m benchmarks.consistent

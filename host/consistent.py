@@ -1,0 +1,196 @@
+"""Consistent Self-Attention as a rule of the host seam: who shares with whom in one attention call, and what is kept.
+
+Panels that only name one character and come first write; every panel naming it reads. A character with a bank is read
+from there and no longer written. Rows of an unmarked conditioning all show one nameless character and all write.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+from ..attention.consistent import (
+    ConsistentOptions,
+    consistent_attention,
+    draw_tokens,
+    sampled_tokens,
+    share_layers,
+    window_attention,
+)
+from ..attention.core import split_heads
+from . import bank
+from .layout import Layer, Layout
+
+PATHS = {"output path": ("output",), "middle and output path": ("middle", "output"), "all": ("input", "middle", "output")}
+
+
+class ConsistentRule:
+    """See the module; `layers` is a key of PATHS, `sigma_range` (high, low) bounds the steps at which it acts."""
+    node_id = "StoryweftConsistentSelfAttention"
+
+    def __init__(
+        self, options: ConsistentOptions, layers: str, sigma_range=(math.inf, 0.0), characters=(), recorder=None, draws=None
+    ):
+        self.options = options
+        self.draws = draws or Draws(options)
+        self.layers = layers
+        self.sigma_range = sigma_range
+        self.characters = {character.name: character for character in characters}
+        self.recorder = recorder
+
+    def changed(self, **changes) -> "ConsistentRule":
+        """The same rule with other `characters` or another `recorder`."""
+        kept = {"characters": self.characters.values(), "recorder": self.recorder} | changes
+        return ConsistentRule(self.options, self.layers, self.sigma_range, draws=self.draws, **kept)
+
+    def start(self, run) -> "State":
+        return State(self, run)
+
+    def begin(self, run) -> None:
+        entries = [entry for twins in run.entries.values() for entry in twins]
+        panels = next((entry.panels for entry in entries if entry.panels is not None), None)
+        if panels is not None and len(panels) != run.latent_shape[0]:
+            raise ValueError(
+                f"{self.node_id}: the latent holds {run.latent_shape[0]} pictures and the conditioning {len(panels)} "
+                f"panels; set the latent's batch_size to {len(panels)}."
+            )
+        for character in self.characters.values():
+            bank.check(character, run, self.node_id)
+
+    def covers(self, layer: Layer) -> bool:
+        return layer.path in PATHS[self.layers]
+
+    def wants(self, layer: Layer, run) -> bool:
+        high, low = self.sigma_range
+        return self.covers(layer) and low <= run.sigma <= high
+
+    def idle_reason(self, run) -> str:
+        if run.latent_shape[0] < 2 and not self.characters:
+            return "the batch holds one picture, so there is nobody to share with."
+        return "no step of this run lies in its range, or its rates are 0."
+
+    def attend(self, run, call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, attend) -> Tensor | None:
+        state = run.state[self]
+        shares = state.shares(run.evaluation, layout.layer)
+        seen = [[] for _ in range(len(q))]
+        for chunk in range(len(layout.entries)):
+            if shares:
+                self._share_live(state, run, call, layout, chunk, k, v, seen)
+            self._read_banks(run, layout, chunk, q, seen)
+        if not any(seen):
+            return None
+        image = layout.image
+        if (image.start, image.stop) == (0, q.shape[2]):
+            if self.options.window and len(layout.items) > self.options.window and not self.characters:
+                return self._windows(state, run, layout, q, k, v, attend)
+            return consistent_attention(q, k, v, seen, attend)
+        rest = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
+        rest[image] = False
+        out = torch.empty_like(q)
+        out[:, :, image] = consistent_attention(q[:, :, image], k, v, seen, attend)
+        out[:, :, rest] = attend(q[:, :, rest], k, v)
+        return out
+
+    def _share_live(self, state, run, call, layout: Layout, chunk: int, k: Tensor, v: Tensor, seen: list) -> None:
+        entry, rows = layout.entries[chunk], layout.chunk_rows(chunk)
+        panels = [layout.panel(chunk, row) for row in range(len(rows))]
+        for name, writers in self.cast(entry, panels).items():
+            if not writers:
+                continue
+            draws = [state.draw(run.evaluation, layout.grid, panels[row]) for row in writers]
+            written = [rows[row] for row in writers]
+            pieces = sampled_tokens(k[written][:, :, layout.image], v[written][:, :, layout.image], draws)
+            for row, panel in enumerate(panels):
+                if name in self.names(entry, panel):
+                    seen[rows[row]] += [piece for writer, piece in zip(writers, pieces, strict=True) if writer != row]
+            if self.recorder is not None:
+                key = bank.slot(run.evaluation, layout.layer, entry)
+                for row, draw, piece in zip(written, draws, pieces, strict=True):
+                    inputs = run.family.inputs(call)
+                    self.recorder.add(name, key, torch.stack(piece) if inputs is None else inputs[row, draw.to(k.device)])
+
+    def _read_banks(self, run, layout: Layout, chunk: int, q: Tensor, seen: list) -> None:
+        entry = layout.entries[chunk]
+        key = bank.slot(run.evaluation, layout.layer, entry)
+        pieces = {}
+        for name, character in self.characters.items():
+            tokens = character.tensors.get(key)
+            if tokens is not None:
+                pieces[name] = self._bank_piece(run, layout.layer, tokens.to(q.device, q.dtype), q.shape[1])
+        for place, row in enumerate(layout.chunk_rows(chunk)):
+            names = self.names(entry, layout.panel(chunk, place))
+            seen[row] += [piece for name, piece in pieces.items() if name in names]
+
+    @staticmethod
+    def _bank_piece(run, layer: Layer, tokens: Tensor, heads: int):
+        if tokens.ndim == 4:
+            return tokens[0], tokens[1]
+        k, v = run.family.project(layer, tokens[None])
+        return split_heads(k, heads)[0], split_heads(v, heads)[0]
+
+    def _windows(self, state, run, layout: Layout, q, k, v, attend) -> Tensor:
+        out = torch.empty_like(q)
+        for chunk in range(len(layout.entries)):
+            rows = layout.chunk_rows(chunk)
+            part = slice(rows.start, rows.stop)
+            draws = torch.stack([
+                state.draw(run.evaluation, layout.grid, layout.panel(chunk, row)) for row in range(len(rows))
+            ])
+            windows = draws.unfold(0, self.options.window, 1).transpose(1, 2)
+            out[part] = window_attention(q[part], k[part], v[part], windows, attend)
+        return out
+
+    def names(self, entry, panel: int) -> tuple[str, ...]:
+        """Characters that a panel shows; without a story every row shows every character there is."""
+        if entry.story is None:
+            return ("", *self.characters)
+        return entry.story.panels[panel].characters
+
+    def cast(self, entry, panels: list[int]) -> dict[str, list[int]]:
+        """Character -> rows that write it in this call."""
+        if entry.story is None:
+            return {} if self.characters else {"": list(range(len(panels)))}
+        return {
+            name: [row for row, panel in enumerate(panels) if panel in ids]
+            for name, ids in entry.story.id_panels.items() if name not in self.characters
+        }
+
+
+class Draws:
+    """Decisions and draws as functions of the options' seed; anything with these two methods can be fed instead."""
+
+    def __init__(self, options: ConsistentOptions):
+        self.options = options
+
+    def share(self, evaluation: tuple[int, int], layers: int) -> list[bool]:
+        return share_layers(self.options, evaluation, layers)
+
+    def tokens(self, evaluation: tuple[int, int], grid: tuple[int, ...], panel: int) -> Tensor:
+        return draw_tokens(self.options, evaluation, grid, panel)
+
+
+class State:
+    """Decisions and draws of the evaluation at hand, kept because many layers ask for them."""
+
+    def __init__(self, rule: ConsistentRule, run):
+        self.draws = rule.draws
+        chosen = [layer for layer in run.family.layers if rule.covers(layer)]
+        self.place = {layer: index for index, layer in enumerate(chosen)}
+        self._evaluation = None
+        self._shares: list[bool] = []
+        self._tokens: dict = {}
+
+    def _at(self, evaluation) -> None:
+        if evaluation != self._evaluation:
+            self._evaluation = evaluation
+            self._shares = self.draws.share(evaluation, len(self.place))
+            self._tokens = {}
+
+    def shares(self, evaluation, layer: Layer) -> bool:
+        self._at(evaluation)
+        return self._shares[self.place[layer]]
+
+    def draw(self, evaluation, grid, panel: int) -> Tensor:
+        self._at(evaluation)
+        if (grid, panel) not in self._tokens:
+            self._tokens[grid, panel] = self.draws.tokens(evaluation, grid, panel)
+        return self._tokens[grid, panel]

@@ -1,0 +1,11 @@
+"""Splices the NODES list of every node file into one extension."""
+from comfy_api.latest import ComfyExtension, io
+
+from . import consistent, demo, sampler, story, storyboard
+
+NODE_FILES = (demo, story, consistent, sampler, storyboard)
+
+
+class StoryweftExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for file in NODE_FILES for node in file.NODES]

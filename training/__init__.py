@@ -1,0 +1,1 @@
+"""Command-line trainers and the picture-book world that the demo models are trained on."""
