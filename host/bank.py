@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import comfy.utils
 import safetensors.torch
@@ -41,7 +42,7 @@ class Character:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def entry_keys(self) -> set[str]:
         return {key.split(".", 3)[3] for key in self.tensors}
 
@@ -110,11 +111,14 @@ def check(character: Character, run, node_id: str) -> None:
             f"{who} was made with {len(character.sigmas) - 1} steps from sigma {character.sigmas[0]:.4g} and this run has "
             f"{len(run.sigmas) - 1} from {run.sigmas[0]:.4g}; use the same steps, scheduler and denoise."
         )
-    missing = {entry.key for entries in run.entries.values() for entry in entries} - character.entry_keys
-    if missing and character.tensors:
+
+
+def check_entry(character: Character, entry: Entry, node_id: str) -> None:
+    """Raise ValueError when a character holds nothing for a guidance part that the model is evaluated for."""
+    if character.tensors and entry.key not in character.entry_keys:
         raise ValueError(
-            f"{who} holds no tokens for the guidance part {', '.join(sorted(missing))}; "
-            "make it with a cfg above 1 and as many prompts as this run has."
+            f"{node_id}: character '{character.name}' holds no tokens for the guidance part {entry.key}; make it with a cfg "
+            "above 1 and as many prompts as this run has."
         )
 
 

@@ -113,6 +113,7 @@ class ConsistentRule:
         key = bank.slot(run.evaluation, layout.layer, entry)
         pieces = {}
         for name, character in self.characters.items():
+            bank.check_entry(character, entry, self.node_id)
             tokens = character.tensors.get(key)
             if tokens is not None:
                 pieces[name] = self._bank_piece(run, layout.layer, tokens.to(q.device, q.dtype), q.shape[1])

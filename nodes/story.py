@@ -1,4 +1,6 @@
 """Script and per-panel conditioning: what the user writes becomes a Story and one conditioning row per panel."""
+from html import escape
+
 from comfy_api.latest import io, ui
 from server import PromptServer
 
@@ -7,6 +9,7 @@ from ..story.script import MAX_PANELS, Story, parse_script
 from ..story.selection import SelectionError, select_panels
 
 StoryType = io.Custom("STORYWEFT_STORY")
+CONDITIONING_ID = "StoryweftPanelConditioning"
 
 EXAMPLE_CHARACTERS = "[Ana] a red-haired girl in a blue coat"
 EXAMPLE_PANELS = """[Ana] reads a book under a tree # Ana finds an old map in her book.
@@ -22,7 +25,7 @@ class StoryweftScript(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="StoryweftScript",
-            display_name="Story Script (Storyweft)",
+            display_name="Story Script",
             category="Storyweft/Story",
             description="Reads a story: who is in it, one line per picture, captions. Shows what it understood.",
             search_aliases=["storydiffusion", "comic script", "consistent character", "storyboard text"],
@@ -45,7 +48,7 @@ class StoryweftScript(io.ComfyNode):
                     "character. More hold the looks better and cost memory. 0: looks come from saved characters.",
                 ),
                 io.String.Input(
-                    "style", default="", advanced=True, dynamic_prompts=False,
+                    "style", default="", optional=True, advanced=True, dynamic_prompts=False,
                     tooltip="Words added after every prompt, or a template with {prompt} where the prompt goes.",
                 ),
             ],
@@ -63,7 +66,7 @@ class StoryweftScript(io.ComfyNode):
         preview = story.describe()
         server = getattr(PromptServer, "instance", None)     # absent where nodes run without a page
         if server is not None and cls.hidden is not None and cls.hidden.unique_id is not None:
-            server.send_progress_text(preview, cls.hidden.unique_id)
+            server.send_progress_text(escape(preview, quote=False), cls.hidden.unique_id)   # the page reads HTML
         return io.NodeOutput(story, len(story.panels), preview, ui=ui.PreviewText(preview))
 
 
@@ -73,8 +76,8 @@ class StoryweftPanelConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="StoryweftPanelConditioning",
-            display_name="Panel Conditioning (Storyweft)",
+            node_id=CONDITIONING_ID,
+            display_name="Panel Conditioning",
             category="Storyweft/Story",
             description="Encodes every panel's prompt by itself into one CONDITIONING: row 1 for the first picture of "
             "the latent batch, row 2 for the second, and so on.",
@@ -96,16 +99,15 @@ class StoryweftPanelConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, story, panels) -> io.NodeOutput:
-        node_id = cls.GET_SCHEMA().node_id
         if clip is None:
-            raise ValueError(f"{node_id}: clip is empty, the checkpoint has no text encoder; add a CLIP loader node.")
+            raise ValueError(f"{CONDITIONING_ID}: clip is empty, the checkpoint has no text encoder; add a CLIP loader node.")
         if not isinstance(story, Story):
-            raise ValueError(f"{node_id}: story is {type(story).__name__}; connect the story output of Story Script.")
+            raise ValueError(f"{CONDITIONING_ID}: story is {type(story).__name__}; connect the story output of Story Script.")
         try:
             chosen = select_panels(story, panels)
         except SelectionError as error:
-            raise ValueError(f"{node_id}: {error}") from error
-        conditioning = encode_panels(clip, [story.panels[index].prompt for index in chosen], node_id)
+            raise ValueError(f"{CONDITIONING_ID}: {error}") from error
+        conditioning = encode_panels(clip, [story.panels[index].prompt for index in chosen], CONDITIONING_ID)
         marks = {"storyweft_panels": chosen, "storyweft_story": story}
         return io.NodeOutput([[cond, {**extras, **marks}] for cond, extras in conditioning], len(chosen))
 

@@ -8,6 +8,7 @@ from ..host.sheet import LAYOUTS, POSITIONS, Style, draw_sheet
 from ..story.script import Story
 
 StoryType = io.Custom("STORYWEFT_STORY")
+NODE_ID = "StoryweftStoryboard"
 
 
 class StoryweftStoryboard(io.ComfyNode):
@@ -16,8 +17,8 @@ class StoryweftStoryboard(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="StoryweftStoryboard",
-            display_name="Storyboard (Storyweft)",
+            node_id=NODE_ID,
+            display_name="Storyboard",
             category="Storyweft/Story",
             description="Puts the pictures of a story on one sheet, with captions in any script.",
             search_aliases=["comic page", "contact sheet", "image grid with captions", "storyboard"],
@@ -58,14 +59,13 @@ class StoryweftStoryboard(io.ComfyNode):
     def execute(
         cls, images, layout, columns, caption_position, font_size, gap, background, story=None, captions=""
     ) -> io.NodeOutput:
-        node_id = cls.GET_SCHEMA().node_id
         pictures = [picture_of(image) for image in images]
-        style = Style(layout, columns, caption_position, font_size, gap, colour_of(background, node_id))
-        lines = captions_of(len(pictures), story, captions, node_id)
+        style = Style(layout, columns, caption_position, font_size, gap, colour_of(background))
+        lines = captions_of(len(pictures), story, captions)
         try:
             sheet = draw_sheet(pictures, lines, style)
         except ValueError as error:
-            raise ValueError(f"{node_id}: {error}") from error
+            raise ValueError(f"{NODE_ID}: {error}") from error
         return io.NodeOutput(torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255.0)[None])
 
 
@@ -75,31 +75,33 @@ def picture_of(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((torch.nan_to_num(rgb.float().cpu()).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
-def colour_of(text: str, node_id: str) -> tuple[int, int, int]:
+def colour_of(text: str) -> tuple[int, int, int]:
     try:
         return ImageColor.getrgb(text.strip())[:3]
     except ValueError as error:
-        raise ValueError(f"{node_id}: background {text[:40]!r} is no colour; write white, black or #rrggbb.") from error
+        raise ValueError(f"{NODE_ID}: background {text[:40]!r} is no colour; write white, black or #rrggbb.") from error
 
 
-def captions_of(count: int, story: Story | None, typed: str, node_id: str) -> list[str]:
+def captions_of(count: int, story: Story | None, typed: str) -> list[str]:
     """One caption per picture, from the typed lines or else from the story."""
     if count == 0:
-        raise ValueError(f"{node_id}: images holds no picture; connect the decoded panels.")
+        raise ValueError(f"{NODE_ID}: images holds no picture; connect the decoded panels.")
     if typed.strip():
-        lines = typed.replace("\r\n", "\n").strip("\n").split("\n")
+        lines = typed.replace("\r\n", "\n").split("\n")
+        while len(lines) > count and not lines[-1].strip():
+            lines.pop()
         if len(lines) != count:
             raise ValueError(
-                f"{node_id}: images holds {count} pictures and captions {len(lines)} lines; write one line per picture."
+                f"{NODE_ID}: images holds {count} pictures and captions {len(lines)} lines; write one line per picture."
             )
         return lines
     if story is None:
         return [""] * count
     if not isinstance(story, Story):
-        raise ValueError(f"{node_id}: story is {type(story).__name__}; connect the story output of Story Script.")
+        raise ValueError(f"{NODE_ID}: story is {type(story).__name__}; connect the story output of Story Script.")
     if len(story.panels) != count:
         raise ValueError(
-            f"{node_id}: images holds {count} pictures and the story {len(story.panels)} panels; connect the pictures "
+            f"{NODE_ID}: images holds {count} pictures and the story {len(story.panels)} panels; connect the pictures "
             "of all panels, or type captions for these."
         )
     return [panel.caption for panel in story.panels]

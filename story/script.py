@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 NO_CHARACTER = "NC"
 COMMENT = "//"
@@ -18,8 +17,6 @@ MAX_CHARACTERS = 100
 MAX_LINE = 4000         # characters of one line
 MAX_PROMPT = 10_000     # characters of one prompt with its descriptions and style
 MAX_TEXT = 512 * 1024   # UTF-8 bytes of one input
-
-Item = TypeVar("Item")
 
 _TAG = re.compile(r"\[([^\[\]]*)\]")
 
@@ -59,28 +56,6 @@ class Story:
     panels: tuple[Panel, ...]
     id_panels: dict[str, tuple[int, ...]]
     style: str = ""
-
-    @property
-    def sampling_order(self) -> tuple[int, ...]:
-        """Panel indices with the id panels of all characters first, each part in story order."""
-        first = {index for ids in self.id_panels.values() for index in ids}
-        return (*sorted(first), *(panel.index for panel in self.panels if panel.index not in first))
-
-    def chunks(self, size: int) -> tuple[tuple[int, ...], ...]:
-        """Panels of each sampling run: all id panels in one run, because they share while drawn; the rest by `size`."""
-        if size < 1:
-            raise ValueError(f"a run must hold at least 1 panel, not {size}")
-        ids = len({index for ids in self.id_panels.values() for index in ids})
-        order = self.sampling_order
-        rest = [order[start:start + size] for start in range(ids, len(order), size)]
-        return ((order[:ids], *rest) if ids else tuple(rest))
-
-    def in_story_order(self, drawn: Sequence[Item]) -> list[Item]:
-        """Results listed in sampling order, put back in story order."""
-        if len(drawn) != len(self.panels):
-            raise ValueError(f"{len(drawn)} results for {len(self.panels)} panels")
-        placed = dict(zip(self.sampling_order, drawn, strict=True))
-        return [placed[index] for index in range(len(self.panels))]
 
     def describe(self) -> str:
         """What was understood, for the user to check: characters with their panels, then one line per panel."""
@@ -183,7 +158,7 @@ def _parse_characters(text: str) -> dict[str, Character]:
         if not _has_words(description):
             raise ScriptError(f"describes nothing; say after [{name}] what it looks like", "characters", number, line)
         if "[" in description or "]" in description:
-            raise ScriptError("has a bracket in the description; write one character a line", "characters", number, line)
+            raise ScriptError("has a bracket in the description; one character a line", "characters", number, line)
         cast[name] = Character(name, description)
     if len(cast) > MAX_CHARACTERS:
         raise ScriptError(f"has {len(cast)} characters and the limit is {MAX_CHARACTERS}", "characters")

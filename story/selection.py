@@ -54,7 +54,7 @@ def _of_character(story: Story, name: str) -> list[int]:
 def _number(story: Story, text: str, part: str) -> int:
     text = text.strip()
     if not (text.isascii() and text.isdigit() and len(text) < 9):
-        raise SelectionError(f"panels {part[:50]!r} is not understood; write numbers, 'all', 'id', 'id:Name' or 'rest'.")
+        raise SelectionError(f"panels {part[:50]!r} is not understood; use numbers, 'all', 'id', 'id:Name', 'rest'.")
     if not 1 <= int(text) <= len(story.panels):
         raise SelectionError(f"panel {int(text)} does not exist; the story has panels 1 to {len(story.panels)}.")
     return int(text)

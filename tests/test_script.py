@@ -57,16 +57,6 @@ def test_id_panels_are_the_first_that_name_only_that_character():
     assert story.panels[5].characters == ("Ana", "Bob")
 
 
-def test_id_panels_are_drawn_first_and_results_return_in_story_order():
-    story = parse_script(f"{ANA}\n{BOB}", DUO, id_count=2)
-    assert story.sampling_order == (0, 1, 2, 4, 3, 5)
-    assert story.chunks(1) == ((0, 1, 2, 4), (3,), (5,))
-    assert story.chunks(8) == ((0, 1, 2, 4), (3, 5))
-    assert story.in_story_order(["a", "b", "c", "e", "d", "f"]) == list("abcdef")
-    with pytest.raises(ValueError, match="2 results for 6 panels"):
-        story.in_story_order(["a", "b"])
-
-
 def test_tags_match_as_a_whole():
     story = parse_script("[Ann] a tall girl\n[Anna] a small girl", "[Ann] reads\n[Anna] runs\nAnn and Anna", id_count=1)
     assert [panel.characters for panel in story.panels] == [("Ann",), ("Anna",), ()]

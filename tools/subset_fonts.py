@@ -38,6 +38,7 @@ def main(unpacked: Path) -> None:
     for target, source, ranges, features, name, package in SOURCES:
         path = unpacked / "usr/share/fonts" / source
         options = subset.Options(hinting=False, layout_features=features, name_IDs=["*"], drop_tables=["DSIG", "VORG"])
+        options.notdef_outline = True      # the box that stands for a missing character
         options.drop_tables += [f"TSI{i}" for i in range(6)]
         font = subset.load_font(str(path), options)
         wanted = [code for code in font.getBestCmap() if any(low <= code <= high for low, high in ranges)]
@@ -47,8 +48,9 @@ def main(unpacked: Path) -> None:
         if name is not None:
             rename(font, name)
         font.save(FONTS / target)
-        copyright_text = (unpacked / "usr/share/doc" / package / "copyright").read_text()
-        (FONTS / f"LICENSE-{package}.txt").write_text(copyright_text)
+        parts = (unpacked / "usr/share/doc" / package / "copyright").read_text().split("\n\n")
+        ours = [part for part in parts if not any(word in part for word in ("Files: debian/", "License: GPL", "Apache-2.0"))]
+        (FONTS / f"LICENSE-{package}.txt").write_text("\n\n".join(ours).rstrip() + "\n")
         print(f"{target}: {len(wanted)} characters, {(FONTS / target).stat().st_size} bytes")
 
 

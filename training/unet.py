@@ -1,7 +1,8 @@
 """Trains the demo text-to-image model: ComfyUI's own UNetModel on latents of picture-book pages, v-prediction.
 
-`python -m training.unet --minutes 85` after autoencoder and clip. Noise schedule of SD1.5; loss weighted by min-SNR 5
-(arXiv 2303.09556); weights averaged. Writes the model, a resumable state and a sheet of samples every few minutes.
+`torchrun --nproc-per-node 2 -m training.unet` after autoencoder and clip; one process per core is a third faster than
+one with two threads. Noise schedule of SD1.5; loss weighted by min-SNR 5 (arXiv 2303.09556); weights averaged. Writes
+the model, a resumable state and a sheet of samples every few minutes.
 """
 import argparse
 import copy
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,6 +34,7 @@ CONFIG = {
     "transformer_depth_middle": 1, "context_dim": 96, "num_heads": -1, "num_head_channels": 32,
     "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None, "legacy": False,
 }
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2, 0).float()
 
 
@@ -102,7 +105,7 @@ def held_out(count: int) -> list[str]:
 def data(args, autoencoder, factor: float, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [pages, 4, 16, 16] of standard deviation 1, and contexts [pages, 77, width] in bfloat16."""
     latents, contexts = [], []
-    for start in range(0, args.pages, 1000):
+    for start in range(RANK * 1000, args.pages, WORLD * 1000):
         pages = [sample(np.random.default_rng((args.seed, index))) for index in range(start, min(start + 1000, args.pages))]
         images = torch.from_numpy(np.stack([page.image for page in pages])).permute(0, 3, 1, 2)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -128,21 +131,23 @@ class Trainer:
         self.average = copy.deepcopy(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.step, self.seconds = 0, 0.0
-        self.generator = torch.Generator().manual_seed(args.seed)
+        self.generator = torch.Generator().manual_seed(args.seed * WORLD + RANK)
         self.state = f"{args.folder}/unet_state.pt"
         if os.path.exists(self.state):
             self.resume(torch.load(self.state, weights_only=True))
+        self.model.to(memory_format=torch.channels_last)
+        self.network = torch.nn.parallel.DistributedDataParallel(self.model) if WORLD > 1 else self.model
 
     def resume(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        self.generator.manual_seed((state["step"] + 1) * WORLD + RANK)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "generator": self.generator.get_state(), "step": self.step, "seconds": self.seconds}
+                 "step": self.step, "seconds": self.seconds}
         torch.save(state, self.state + ".part")
         os.replace(self.state + ".part", self.state)
         metadata = {"config": json.dumps(CONFIG), "scale_factor": str(self.factor), "prediction": "v",
@@ -153,7 +158,7 @@ class Trainer:
         sheet(draw(self.average, self.autoencoder, self.factor, self.text, held_out(24), 0), f"{self.args.folder}/unet_{self.step}.png")
 
     def loss(self, latents: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-        size, generator = self.args.batch, self.generator
+        size, generator = self.args.batch // WORLD, self.generator
         index = torch.randint(len(latents), (size,), generator=generator)
         context = contexts[index].float()
         context[torch.rand(size, generator=generator) < 0.1] = self.empty.float()
@@ -162,10 +167,18 @@ class Trainer:
         noise = torch.randn(latents[index].shape, generator=generator)
         x = a.sqrt() * latents[index] + (1 - a).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
-            v = self.model(x, t, context).float()
+            v = self.network(x.to(memory_format=torch.channels_last), t, context).float()
         snr = a / (1 - a)
         weight = snr.clamp(max=5) / (snr + 1)
         return (weight * (v - (a.sqrt() * noise - (1 - a).sqrt() * latents[index])).square()).mean()
+
+    def clock(self, seconds: float) -> float:
+        """The first process's time, so that all stop at the same step."""
+        if WORLD == 1:
+            return seconds
+        told = torch.tensor(seconds)
+        torch.distributed.broadcast(told, 0)
+        return told.item()
 
     def run(self, latents: torch.Tensor, contexts: torch.Tensor) -> None:
         start, before, total, losses, kept = time.time(), self.seconds, self.args.minutes * 60, [], time.time()
@@ -182,14 +195,15 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
             losses.append(loss.item())
-            self.seconds = before + time.time() - start
-            if self.step % 100 == 0:
+            self.seconds = before + self.clock(time.time() - start)
+            if self.step % 100 == 0 and RANK == 0:
                 print(f"step {self.step} pages {self.step * self.args.batch} loss {np.mean(losses):.4f} seconds {self.seconds:.0f}", flush=True)
                 losses.clear()
-            if time.time() - kept > 300:
+            if RANK == 0 and time.time() - kept > 300:
                 self.save()
                 kept = time.time()
-        self.save()
+        if RANK == 0:
+            self.save()
 
 
 def main() -> None:
@@ -201,6 +215,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
+    if WORLD > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo")
     trainer = Trainer(args)
     trainer.run(*data(args, trainer.autoencoder, trainer.factor, trainer.text))
 

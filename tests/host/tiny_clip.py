@@ -1,11 +1,13 @@
 """Text encoders of several families with the real tokenizers and tiny random weights."""
-import comfy.model_management
+from unittest import mock
+
 import comfy.sd
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.text_encoders.flux
 import comfy.text_encoders.lt
 import comfy.text_encoders.qwen_image
+import comfy.text_encoders.qwen_vl
 import comfy.text_encoders.wan
 import comfy.text_encoders.z_image
 import torch
@@ -37,8 +39,9 @@ def _clip(encoder, tokenizer, options: dict) -> comfy.sd.CLIP:
     return clip
 
 
-def sd1() -> comfy.sd.CLIP:
-    return _clip(comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer, {"clip_l_model_config": CLIP_L})
+def sd1(hidden_size: int = 64) -> comfy.sd.CLIP:
+    options = {"clip_l_model_config": {**CLIP_L, "hidden_size": hidden_size}}
+    return _clip(comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer, options)
 
 
 def sdxl() -> comfy.sd.CLIP:
@@ -56,8 +59,10 @@ def flux() -> comfy.sd.CLIP:
 
 
 def qwen_image() -> comfy.sd.CLIP:
+    """Without its picture tower, which has no small form."""
     module = comfy.text_encoders.qwen_image
-    return _clip(module.te(), module.QwenImageTokenizer, {"qwen25_7b_model_config": QWEN})
+    with mock.patch.object(comfy.text_encoders.qwen_vl, "Qwen2VLVisionTransformer", torch.nn.Identity):
+        return _clip(module.te(), module.QwenImageTokenizer, {"qwen25_7b_model_config": QWEN})
 
 
 def z_image() -> comfy.sd.CLIP:

@@ -1,0 +1,1 @@
+"""Ratios against the authors' forms, measured in one run on one machine, and the report of effects."""
