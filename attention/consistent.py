@@ -5,6 +5,7 @@ a panel are the sampled tokens of the panels it reads and all of its own tokens,
 (tokens of all panels)² is built. The sliding window of the paper's pseudo code is here too, with own tokens counted
 once as equation 2 says (the printed pseudo code counts sampled own tokens twice).
 """
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ KeyValue = tuple[Tensor, Tensor]  # [heads, tokens, dim] each
 @dataclass(frozen=True)
 class ConsistentOptions:
     """Numbers of the published low-memory demo; probabilities are those of sharing in one layer at one step."""
-    rate: float = 0.5           # share of a panel's tokens that the others see
-    share_early: float = 0.7    # probability that a layer shares, steps < late_from
-    share_late: float = 0.9     # the same from step late_from on
+
+    rate: float = 0.5  # share of a panel's tokens that the others see
+    share_early: float = 0.7  # probability that a layer shares, steps < late_from
+    share_late: float = 0.9  # the same from step late_from on
     late_from: int = 20
-    first_step: int = 1         # steps before it never share
-    window: int = 0             # panels per sliding window, 0 = every panel sees every other
+    first_step: int = 1  # steps before it never share
+    window: int = 0  # panels per sliding window, 0 = every panel sees every other
     seed: int = 0
 
 
@@ -78,7 +80,7 @@ def consistent_attention(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[Sequenc
         if pieces:
             keys = torch.cat([k[row], *(piece[0] for piece in pieces)], dim=1)
             values = torch.cat([v[row], *(piece[1] for piece in pieces)], dim=1)
-            out[row] = attend(q[row:row + 1], keys[None], values[None])[0]
+            out[row] = attend(q[row : row + 1], keys[None], values[None])[0]
     return out
 
 
@@ -94,7 +96,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, draws: Tensor, attend: Att
     for start, draw in enumerate(draws):
         rows = slice(start, start + width)
         pieces = sampled_tokens(k[rows], v[rows], draw)
-        seen = [pieces[:row] + pieces[row + 1:] for row in range(width)]
+        seen = [pieces[:row] + pieces[row + 1 :] for row in range(width)]
         total[rows] += consistent_attention(q[rows], k[rows], v[rows], seen, attend)
         for row in range(start, start + width):
             count[row] += 1

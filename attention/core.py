@@ -1,4 +1,5 @@
 """Attention as an argument: every mechanism takes `attend(q, k, v)` on [rows, heads, tokens, dim]."""
+
 from collections.abc import Callable
 
 from torch import Tensor

@@ -3,6 +3,7 @@
 `python -m benchmarks.consistent` writes docs/benchmarks.md. Times are medians of runs taken in turn, memory is what a
 fresh process's peak grows by while it runs one form.
 """
+
 import argparse
 import multiprocessing
 import platform
@@ -30,7 +31,7 @@ def inputs(panels: int, tokens: int):
 
 def gathered(q, k, v, draw):
     pieces = sampled_tokens(k, v, draw)
-    return consistent_attention(q, k, v, [pieces[:row] + pieces[row + 1:] for row in range(len(q))], attend)
+    return consistent_attention(q, k, v, [pieces[:row] + pieces[row + 1 :] for row in range(len(q))], attend)
 
 
 def masked(q, k, v, draw):
@@ -75,17 +76,23 @@ def peak(form, panels: int, tokens: int) -> float:
 
 
 def forms(repeats: int) -> list[str]:
-    lines = ["## Gathered form against the authors' masked form", "",
-             f"One guidance part, {HEADS} heads x {DIM}, rate 0.5, float32.", "",
-             "| panels | tokens each | masked s | gathered s | time ratio | aim | FLOP limit | masked MiB | gathered MiB | memory ratio |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "## Gathered form against the authors' masked form",
+        "",
+        f"One guidance part, {HEADS} heads x {DIM}, rate 0.5, float32.",
+        "",
+        "| panels | tokens each | masked s | gathered s | time ratio | aim | FLOP limit | masked MiB | gathered MiB | memory ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for panels, tokens in ((4, 1024), (8, 1024), (16, 1024), (4, 4096)):
         data = inputs(panels, tokens)
         slow, fast = in_turn([lambda d=data: masked(*d), lambda d=data: gathered(*d)], repeats)
         heavy, light = peak(masked, panels, tokens), peak(gathered, panels, tokens)
         aim, limit = LIMITS[panels]
-        lines.append(f"| {panels} | {tokens} | {slow:.2f} | {fast:.2f} | **{fast / slow:.2f}** | {aim:.2f} | {limit} | {heavy:.0f} | "
-                     f"{light:.0f} | {light / heavy:.2f} |")
+        lines.append(
+            f"| {panels} | {tokens} | {slow:.2f} | {fast:.2f} | **{fast / slow:.2f}** | {aim:.2f} | {limit} | {heavy:.0f} | "
+            f"{light:.0f} | {light / heavy:.2f} |"
+        )
         print(lines[-1], flush=True)
     return lines
 
@@ -100,16 +107,26 @@ def idle(repeats: int) -> list[str]:
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     block = override.register(model, ConsistentRule(ConsistentOptions(rate=0.0), "output path"))
     latent = torch.zeros(8, 4, 32, 32)
-    plain, patched = in_turn([lambda: steps(model, positive, negative, latent, 4), lambda: steps(block, positive, negative, latent, 4)], repeats)
-    return ["", "## The idle block", "", f"Demo model, 8 pictures of 256 px, 4 steps: no block {plain:.2f} s, block with sampling_ratio 0 "
-            f"{patched:.2f} s: {100 * (patched / plain - 1):+.1f} % (aim: at most 1 %)."]
+    plain, patched = in_turn(
+        [lambda: steps(model, positive, negative, latent, 4), lambda: steps(block, positive, negative, latent, 4)],
+        repeats,
+    )
+    return [
+        "",
+        "## The idle block",
+        "",
+        f"Demo model, 8 pictures of 256 px, 4 steps: no block {plain:.2f} s, block with sampling_ratio 0 "
+        f"{patched:.2f} s: {100 * (patched / plain - 1):+.1f} % (aim: at most 1 %).",
+    ]
 
 
 def steps(model, positive, negative, latent, count: int):
     import comfy.sample
 
     noise = comfy.sample.prepare_noise(latent, 0)
-    return comfy.sample.sample(model, noise, count, 4.0, "ddim", "normal", positive, negative, latent, disable_pbar=True, seed=0)
+    return comfy.sample.sample(
+        model, noise, count, 4.0, "ddim", "normal", positive, negative, latent, disable_pbar=True, seed=0
+    )
 
 
 def long_story(panels: int) -> list[str]:
@@ -125,7 +142,10 @@ def long_story(panels: int) -> list[str]:
     places = ("in the forest", "on the beach", "in the snow", "in the city", "in the desert", "in the meadow")
     story = parse_script("[Fox] a fox", "\n".join(f"[Fox] {places[i % 6]} by day" for i in range(panels)), id_count=4)
     marks = {"storyweft_panels": tuple(range(panels)), "storyweft_story": story}
-    positive = [[text, extras | marks] for text, extras in encode_panels(clip, [panel.prompt for panel in story.panels], "bench")]
+    positive = [
+        [text, extras | marks]
+        for text, extras in encode_panels(clip, [panel.prompt for panel in story.panels], "bench")
+    ]
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     block = override.register(model, ConsistentRule(ConsistentOptions(), "output path"))
     seconds, real = [], comfy.sample.sample
@@ -138,11 +158,18 @@ def long_story(panels: int) -> list[str]:
 
     comfy.sample.sample = timed
     settings = Settings(0, 20, 4.0, "ddim", "normal", 1.0, "bank")
-    _, characters, _ = StorySampler("bench", block, positive, negative, {"samples": torch.zeros(1, 4, 16, 16)}, settings, None).draw()
+    _, characters, _ = StorySampler(
+        "bench", block, positive, negative, {"samples": torch.zeros(1, 4, 16, 16)}, settings, None
+    ).draw()
     comfy.sample.sample = real
     early, late = statistics.median(seconds[1:21]), statistics.median(seconds[-20:])
-    return ["", f"## A story of {panels} panels", "", f"Demo model, bank of 4 id panels ({characters['Fox'].bytes / 2**20:.1f} MiB), 20 steps: a "
-            f"panel takes {early:.2f} s early and {late:.2f} s at the end, {100 * (late / early - 1):+.1f} % (aim: within 10 %)."]
+    return [
+        "",
+        f"## A story of {panels} panels",
+        "",
+        f"Demo model, bank of 4 id panels ({characters['Fox'].bytes / 2**20:.1f} MiB), 20 steps: a "
+        f"panel takes {early:.2f} s early and {late:.2f} s at the end, {100 * (late / early - 1):+.1f} % (aim: within 10 %).",
+    ]
 
 
 def main() -> None:
@@ -152,8 +179,16 @@ def main() -> None:
     parser.add_argument("--out", default="docs/benchmarks.md")
     args = parser.parse_args()
     with torch.inference_mode():
-        lines = ["# Benchmarks", "", f"`make bench`, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads.", "",
-                 *forms(args.repeats), *idle(args.repeats), *long_story(args.panels), ""]
+        lines = [
+            "# Benchmarks",
+            "",
+            f"`make bench`, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads.",
+            "",
+            *forms(args.repeats),
+            *idle(args.repeats),
+            *long_story(args.panels),
+            "",
+        ]
     Path(args.out).write_text("\n".join(lines))
     print("\n".join(lines))
 

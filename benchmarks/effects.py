@@ -4,6 +4,7 @@
 times and a fixed seed; it is sampled with core's own KSampler. Finished stories are kept in output/effects and not
 sampled again while models and settings stay the same. Writes docs/effects.md and docs/effects_sheet.jpg.
 """
+
 import argparse
 import hashlib
 import json
@@ -63,7 +64,15 @@ class Studio:
         latent = {"samples": torch.zeros(PANELS, 4, 16, 16)}
         with torch.inference_mode():
             done = nodes.KSampler().sample(
-                model, index, self.steps, self.cfg, "dpmpp_2m", "karras", positive, self.negative, latent,
+                model,
+                index,
+                self.steps,
+                self.cfg,
+                "dpmpp_2m",
+                "karras",
+                positive,
+                self.negative,
+                latent,
             )
             return self.vae.decode(done[0]["samples"])
 
@@ -107,13 +116,13 @@ def run(args, folder: Path) -> dict[str, list[dict[str, float]]]:
     few, published = min(args.sweep_stories, args.stories), "output path"
     plan = [("drawn", None, published, args.stories), ("off", None, published, args.stories)]
     plan += [(str(args.ratio), args.ratio, published, args.stories)]
-    plan += [(str(ratio), ratio, published, few) for ratio in args.sweep if ratio != args.ratio]
+    plan += [(str(ratio), ratio, published, few) for ratio in args.sweep]
     plan += [(f"{args.ratio}, {layers}", args.ratio, layers, few) for layers in args.layers]
     results: dict[str, list] = {}
     for name, ratio, layers, count in plan:
         for index in range(count):
             start = time.time()
-            if (name, index) not in known:
+            if (name, index) not in known and index % args.parts == args.part:
                 if name == "drawn":
                     images = studio.drawn(index)
                 else:
@@ -125,7 +134,7 @@ def run(args, folder: Path) -> dict[str, list[dict[str, float]]]:
                 with log.open("a") as file:
                     file.write(json.dumps(known[name, index]) + "\n")
                 print(f"{name}: story {index + 1}/{count}, {time.time() - start:.1f} s", flush=True)
-        results[name] = [known[name, index] for index in range(count)]
+        results[name] = [known[name, index] for index in range(count) if (name, index) in known]
     return results
 
 
@@ -140,8 +149,14 @@ def interval(values) -> str:
 def table(results: dict[str, list[dict[str, float]]]) -> list[str]:
     names = {"drawn": "drawn by the generator (ceiling)", "off": "off"}
     columns = {
-        "same_identity": "same identity", "same_colour": "same colour", "same_hat": "same hat", "kind": "kind",
-        "place": "place", "time": "time", "place_spread": "spread of x", "size_spread": "spread of size",
+        "same_identity": "same identity",
+        "same_colour": "same colour",
+        "same_hat": "same hat",
+        "kind": "kind",
+        "place": "place",
+        "time": "time",
+        "place_spread": "spread of x",
+        "size_spread": "spread of size",
     }
     lines = ["| setting | stories | " + " | ".join(columns.values()) + " |", "|---|---|" + "---|" * len(columns)]
     for name, rows in results.items():
@@ -184,14 +199,20 @@ def sheet(folder: Path, ratio: float, path: Path) -> None:
 def report(args, results: dict[str, list[dict[str, float]]]) -> list[str]:
     held = json.loads(read_weights("facts")[1]["held_out"])["decoded"]
     return [
-        "# Effect of Consistent Self-Attention on the demo models", "",
+        "# Effect of Consistent Self-Attention on the demo models",
+        "",
         f"`make effects`: {args.stories} stories of four panels, {args.steps} steps of dpmpp_2m, CFG {args.cfg}, seeds from 0.",
         "Agreement is the share of panel pairs of a story that the classifier reads as the same; identity is body colour",
         "and hat together. Kind, place and time are the share of panels that show what the prompt says. Spread is the",
         "standard deviation of the character's position and height over a story's panels, in picture units. In brackets:",
         "95 % bootstrap interval over stories. Pure guessing of an identity would agree in 1 of 18 pairs.",
-        "", *table(results), "", *verdict(results, args.ratio), "",
-        f"The classifier's own accuracy on held-out pages through the autoencoder: {json.dumps(held)}.", "",
+        "",
+        *table(results),
+        "",
+        *verdict(results, args.ratio),
+        "",
+        f"The classifier's own accuracy on held-out pages through the autoencoder: {json.dumps(held)}.",
+        "",
         "![off on the left, on on the right](effects_sheet.jpg)",
     ]
 
@@ -199,18 +220,24 @@ def report(args, results: dict[str, list[dict[str, float]]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stories", type=int, default=64, help="stories off and on")
-    parser.add_argument("--sweep-stories", type=int, default=24, help="stories for each other sampling ratio")
+    parser.add_argument("--sweep-stories", type=int, default=16, help="stories for each other sampling ratio")
     parser.add_argument("--ratio", type=float, default=0.5, help="sampling ratio of the main comparison")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[0.0, 0.3, 0.5, 0.7, 1.0])
+    parser.add_argument("--sweep", type=float, nargs="*", default=[0.0, 0.3, 0.7, 1.0], help="other sampling ratios")
     parser.add_argument("--layers", nargs="*", default=["all"], help="other layer choices to try at --ratio")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", type=int, default=1, help="processes that share the stories; each writes no report")
+    parser.add_argument(
+        "--part", type=int, default=0, help="number of this process, from 0; run without both afterwards"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = ROOT / "output" / "effects"
     folder.mkdir(parents=True, exist_ok=True)
     results = run(args, folder)
+    if args.parts > 1:
+        return
     lines = report(args, results)
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)

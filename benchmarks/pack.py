@@ -1,4 +1,5 @@
 """Loads the repository root as package `storyweft`, with ComfyUI on the path, for scripts outside a running ComfyUI."""
+
 import importlib.util
 import sys
 from pathlib import Path

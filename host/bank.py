@@ -4,6 +4,7 @@ StoryDiffusion (arXiv 2405.01434), low-memory demo: layer inputs of the id panel
 pairs of step and layer that share are kept; the authors keep all. U-Nets store layer inputs, projected again at
 reading; transformers, whose keys carry positions, store keys and values.
 """
+
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ FORMAT = "storyweft-character-1"
 class Character:
     """What was kept of one character. `tensors` maps "step.visit.layer.role.index" to [tokens, channels] (inputs) or
     [2, heads, tokens, dim] (keys and values)."""
+
     name: str
     description: str
     options: ConsistentOptions
@@ -97,7 +99,9 @@ def check(character: Character, run, node_id: str) -> None:
     """Raise ValueError, naming both sides, unless `character` can be read in this run."""
     who = f"{node_id}: character '{character.name}'"
     if character.family != run.family.model_class:
-        raise ValueError(f"{who} was made with a {character.family} model and cannot be read by {run.family.model_class}.")
+        raise ValueError(
+            f"{who} was made with a {character.family} model and cannot be read by {run.family.model_class}."
+        )
     if character.latent_size != run.latent_shape[2:]:
         raise ValueError(
             f"{who} was made with latents of {character.latent_size} and this run has {run.latent_shape[2:]}; "
@@ -125,14 +129,22 @@ def check_entry(character: Character, entry: Entry, node_id: str) -> None:
 def save(character: Character, path: str) -> None:
     """Write a character as .safetensors; the final name appears only when the file is whole."""
     metadata = {
-        "format": FORMAT, "name": character.name, "description": character.description,
-        "options": json.dumps(asdict(character.options)), "layers": character.layers,
-        "sigmas": json.dumps(character.sigmas), "latent_size": json.dumps(character.latent_size),
-        "family": character.family, "fingerprint": character.fingerprint, "panels": str(character.panels),
+        "format": FORMAT,
+        "name": character.name,
+        "description": character.description,
+        "options": json.dumps(asdict(character.options)),
+        "layers": character.layers,
+        "sigmas": json.dumps(character.sigmas),
+        "latent_size": json.dumps(character.latent_size),
+        "family": character.family,
+        "fingerprint": character.fingerprint,
+        "panels": str(character.panels),
     }
     part = path + ".part"
     try:
-        safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in character.tensors.items()}, part, metadata)
+        safetensors.torch.save_file(
+            {key: tensor.contiguous() for key, tensor in character.tensors.items()}, part, metadata
+        )
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -150,9 +162,18 @@ def load(path: str) -> Character:
         raise ValueError(f"StoryweftLoadCharacter: '{name}' is not a character saved by StoryweftSaveCharacter.")
     bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
     if bad is not None:
-        raise ValueError(f"StoryweftLoadCharacter: '{name}' holds values that are not numbers (tensor {bad}); make it again.")
+        raise ValueError(
+            f"StoryweftLoadCharacter: '{name}' holds values that are not numbers (tensor {bad}); make it again."
+        )
     return Character(
-        metadata["name"], metadata["description"], ConsistentOptions(**json.loads(metadata["options"])), metadata["layers"],
-        tuple(json.loads(metadata["sigmas"])), tuple(json.loads(metadata["latent_size"])), metadata["family"],
-        metadata["fingerprint"], int(metadata["panels"]), tensors,
+        metadata["name"],
+        metadata["description"],
+        ConsistentOptions(**json.loads(metadata["options"])),
+        metadata["layers"],
+        tuple(json.loads(metadata["sigmas"])),
+        tuple(json.loads(metadata["latent_size"])),
+        metadata["family"],
+        metadata["fingerprint"],
+        int(metadata["panels"]),
+        tensors,
     )

@@ -3,6 +3,7 @@
 Panels that only name one character and come first write; every panel naming it reads. A character with a bank is read
 from there and no longer written. Rows of an unmarked conditioning all show one nameless character and all write.
 """
+
 import math
 
 import torch
@@ -20,15 +21,26 @@ from ..attention.core import split_heads
 from . import bank
 from .layout import Layer, Layout
 
-PATHS = {"output path": ("output",), "middle and output path": ("middle", "output"), "all": ("input", "middle", "output")}
+PATHS = {
+    "output path": ("output",),
+    "middle and output path": ("middle", "output"),
+    "all": ("input", "middle", "output"),
+}
 
 
 class ConsistentRule:
     """See the module; `layers` is a key of PATHS, `sigma_range` (high, low) bounds the steps at which it acts."""
+
     node_id = "StoryweftConsistentSelfAttention"
 
     def __init__(
-        self, options: ConsistentOptions, layers: str, sigma_range=(math.inf, 0.0), characters=(), recorder=None, draws=None
+        self,
+        options: ConsistentOptions,
+        layers: str,
+        sigma_range=(math.inf, 0.0),
+        characters=(),
+        recorder=None,
+        draws=None,
     ):
         self.options = options
         self.draws = draws or Draws(options)
@@ -106,7 +118,9 @@ class ConsistentRule:
                 key = bank.slot(run.evaluation, layout.layer, entry)
                 for row, draw, piece in zip(written, draws, pieces, strict=True):
                     inputs = run.family.inputs(call)
-                    self.recorder.add(name, key, torch.stack(piece) if inputs is None else inputs[row, draw.to(k.device)])
+                    self.recorder.add(
+                        name, key, torch.stack(piece) if inputs is None else inputs[row, draw.to(k.device)]
+                    )
 
     def _read_banks(self, run, layout: Layout, chunk: int, q: Tensor, seen: list) -> None:
         entry = layout.entries[chunk]
@@ -133,9 +147,9 @@ class ConsistentRule:
         for chunk in range(len(layout.entries)):
             rows = layout.chunk_rows(chunk)
             part = slice(rows.start, rows.stop)
-            draws = torch.stack([
-                state.draw(run.evaluation, layout.grid, layout.panel(chunk, row)) for row in range(len(rows))
-            ])
+            draws = torch.stack(
+                [state.draw(run.evaluation, layout.grid, layout.panel(chunk, row)) for row in range(len(rows))]
+            )
             windows = draws.unfold(0, self.options.window, 1).transpose(1, 2)
             out[part] = window_attention(q[part], k[part], v[part], windows, attend)
         return out
@@ -152,7 +166,8 @@ class ConsistentRule:
             return {} if self.characters else {"": list(range(len(panels)))}
         return {
             name: [row for row, panel in enumerate(panels) if panel in ids]
-            for name, ids in entry.story.id_panels.items() if name not in self.characters
+            for name, ids in entry.story.id_panels.items()
+            if name not in self.characters
         }
 
 

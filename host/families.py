@@ -1,4 +1,5 @@
 """Which model families the seam knows, and how each finds its self-attention."""
+
 import weakref
 
 from .transformer import FORMS, TransformerFamily
@@ -6,7 +7,7 @@ from .unet import UNetFamily
 
 UNETS = ("UNetModel", "VideoUNet")
 
-_known = weakref.WeakKeyDictionary()    # diffusion model -> family, so that layers are listed once
+_known = weakref.WeakKeyDictionary()  # diffusion model -> family, so that layers are listed once
 
 
 def find(model, node_id: str):

@@ -4,6 +4,7 @@ A rule is an object with: node_id; `start(run)` -> its state of the run; `begin(
 `wants(layer, run)`; `attend(run, call, layout, q, k, v, attend)` -> [rows, heads, tokens, dim], or None to leave the
 call alone; `idle_reason(run)`. Rules act in the order they were added; two with one node_id are refused.
 """
+
 from collections import Counter
 
 from comfy.patcher_extension import WrappersMP
@@ -101,9 +102,9 @@ class Call:
         rows = len(x) // len(self.entries)
         window = options.get("context_window")
         self.items = tuple(range(rows)) if window is None else families.window_items(window, rows)
-        self.count: Counter = Counter()     # attention calls by whatever the family counts
+        self.count: Counter = Counter()  # attention calls by whatever the family counts
         self.replaces = options.get("patches_replace", {}).get("attn1", {})
-        self.mark = None                    # what a family's patch saw just before the attention call
+        self.mark = None  # what a family's patch saw just before the attention call
         self.inputs = None
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
 """Finished panels on disk, so that nothing drawn is lost and nothing is drawn twice: output/storyweft/panels."""
+
 import hashlib
 import os
 from dataclasses import asdict, is_dataclass
@@ -54,4 +55,4 @@ def _feed(digest, value) -> None:
     elif is_dataclass(value):
         _feed(digest, asdict(value))
     else:
-        digest.update(os.urandom(16))   # a ControlNet or hook whose content cannot be told: never the same twice
+        digest.update(os.urandom(16))  # a ControlNet or hook whose content cannot be told: never the same twice

@@ -1,4 +1,5 @@
 """State of one sampling run: made when the guider starts, handed down in transformer_options, dropped at its end."""
+
 import logging
 from collections import Counter
 from typing import Any
@@ -25,11 +26,11 @@ class Run:
         self.sigmas = sigmas
         self.sigma = sigmas[0]
         self.step = 0
-        self.visit = 0                              # evaluations this step has had before this one
-        self.entries: dict[Any, list[Entry]] = {}   # conditioning uuid -> entries; core gives an area's twin the same
+        self.visit = 0  # evaluations this step has had before this one
+        self.entries: dict[Any, list[Entry]] = {}  # conditioning uuid -> entries; core gives an area's twin the same
         self.acted: Counter = Counter()
-        self.reached: set[Layer] = set()            # layers whose attention came past the override
-        self.bypassed: dict[Layer, str] = {}        # layers answered by somebody else's replace patch
+        self.reached: set[Layer] = set()  # layers whose attention came past the override
+        self.bypassed: dict[Layer, str] = {}  # layers answered by somebody else's replace patch
         self._visits: Counter = Counter()
         self.state = {rule: rule.start(self) for rule in rules}
 
@@ -50,7 +51,7 @@ class Run:
         listed = [(role, index, cond) for role, entries in conds.items() for index, cond in enumerate(entries or ())]
         marked = next((cond for _, _, cond in listed if "storyweft_panels" in cond), {})
         for role, index, cond in listed:
-            marks = cond if "storyweft_panels" in cond else marked    # a negative shows the panels of the positive
+            marks = cond if "storyweft_panels" in cond else marked  # a negative shows the panels of the positive
             entry = Entry(role, index, marks.get("storyweft_panels"), marks.get("storyweft_story"))
             self.entries.setdefault(cond["uuid"], []).append(entry)
         if self.first_evaluation:
@@ -59,7 +60,9 @@ class Run:
 
     def chunk_entries(self, uuids: list, numbers: list[int]) -> tuple[Entry, ...]:
         """The entry of every guidance chunk of one model call, from its uuid; twins are told apart by list number."""
-        found = [self.entries.get(uuid, [Entry(f"list {number}", 0)]) for uuid, number in zip(uuids, numbers, strict=True)]
+        found = [
+            self.entries.get(uuid, [Entry(f"list {number}", 0)]) for uuid, number in zip(uuids, numbers, strict=True)
+        ]
         roles = {number: entries[0].role for number, entries in zip(numbers, found, strict=True) if len(entries) == 1}
         chosen = []
         for number, entries in zip(numbers, found, strict=True):
@@ -84,7 +87,12 @@ class Run:
     def finish(self) -> None:
         for rule in self.rules:
             if not self.acted[rule]:
-                logging.warning("%s never acted on this run of %s: %s", rule.node_id, self.family.model_class, rule.idle_reason(self))
+                logging.warning(
+                    "%s never acted on this run of %s: %s",
+                    rule.node_id,
+                    self.family.model_class,
+                    rule.idle_reason(self),
+                )
 
     @property
     def names(self) -> str:

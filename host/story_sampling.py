@@ -4,6 +4,7 @@ Three ways to remember a character, equal in result: "bank" keeps its sampled to
 panels along with each later pass, "together" draws the whole story as one batch. A finished panel is stored at once
 and taken from there when the same panel is asked for again.
 """
+
 import logging
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ MODES = ("auto", "bank", "recompute", "together")
 @dataclass(frozen=True)
 class Settings:
     """What a KSampler is told, and how panels are grouped. `panel_seeds` maps a panel to a noise seed of its own."""
+
     seed: int
     steps: int
     cfg: float
@@ -39,6 +41,7 @@ class Settings:
 @dataclass(frozen=True)
 class Pass:
     """One sampling run over `panels`, of which only `kept` are results; `writes` names the character it defines."""
+
     panels: tuple[int, ...]
     kept: tuple[int, ...]
     writes: str | None = None
@@ -48,7 +51,10 @@ def rows_of(conditioning: list, rows: list[int], count: int) -> list:
     """A CONDITIONING with only some of its `count` panel rows; whatever has no row per panel stays as it is."""
     out = []
     for tensor, marks in conditioning:
-        part = {key: value[rows] if torch.is_tensor(value) and len(value) == count else value for key, value in marks.items()}
+        part = {
+            key: value[rows] if torch.is_tensor(value) and len(value) == count else value
+            for key, value in marks.items()
+        }
         if "storyweft_panels" in marks:
             part["storyweft_panels"] = tuple(marks["storyweft_panels"][row] for row in rows)
         if "control" in marks:
@@ -70,12 +76,16 @@ def plan(story, panels: tuple[int, ...], known: set[str], memory: str, at_once: 
     """Passes that draw `panels`; characters in `known` have a bank already. A character without one is written first."""
     if memory == "together":
         return [Pass(panels, panels)]
-    ids = {name: tuple(i for i in story.id_panels.get(name, ()) if i in panels) for name in _names(story) if name not in known}
+    ids = {
+        name: tuple(i for i in story.id_panels.get(name, ()) if i in panels)
+        for name in _names(story)
+        if name not in known
+    }
     passes = [Pass(own, own, name) for name, own in ids.items() if own]
     written = {panel for part in passes for panel in part.panels}
     rest = [panel for panel in panels if panel not in written]
     for start in range(0, len(rest), at_once):
-        group = tuple(rest[start:start + at_once])
+        group = tuple(rest[start : start + at_once])
         shown = {name for panel in group for name in story.panels[panel].characters}
         along = tuple(sorted(i for name in shown for i in ids.get(name, ()))) if memory == "recompute" else ()
         passes.append(Pass((*along, *group), group))
@@ -91,16 +101,22 @@ def rule_of(model, node_id: str) -> ConsistentRule:
     for rule in override.rules_of(model):
         if isinstance(rule, ConsistentRule):
             return rule
-    raise ValueError(f"{node_id}: model carries no StoryweftConsistentSelfAttention; connect the model through that node first.")
+    raise ValueError(
+        f"{node_id}: model carries no StoryweftConsistentSelfAttention; connect the model through that node first."
+    )
 
 
 class StorySampler:
     """Draws a story with one MODEL; `positive` is one conditioning with a row per panel, marked by its panel numbers."""
 
-    def __init__(self, node_id: str, model, positive, negative, latent: dict, settings: Settings, store: PanelStore | None):
+    def __init__(
+        self, node_id: str, model, positive, negative, latent: dict, settings: Settings, store: PanelStore | None
+    ):
         marks = positive[0][1] if positive else {}
         if "storyweft_panels" not in marks:
-            raise ValueError(f"{node_id}: positive is not from StoryweftPanelConditioning, so its panels are unknown; use that node.")
+            raise ValueError(
+                f"{node_id}: positive is not from StoryweftPanelConditioning, so its panels are unknown; use that node."
+            )
         self.node_id, self.model, self.settings, self.store = node_id, model, settings, store
         self.rule = rule_of(model, node_id)
         self.story, self.panels = marks["storyweft_story"], marks["storyweft_panels"]
@@ -110,11 +126,14 @@ class StorySampler:
         self.characters = dict(self.rule.characters)
         unknown = [panel for panel in dict(settings.panel_seeds) if panel not in self.panels]
         if unknown:
-            raise ValueError(f"{node_id}: panel_seeds names panel {unknown[0] + 1}, and the conditioning has no such panel.")
+            raise ValueError(
+                f"{node_id}: panel_seeds names panel {unknown[0] + 1}, and the conditioning has no such panel."
+            )
 
     def _latent(self, latent: dict) -> Tensor:
-        samples = comfy.sample.fix_empty_latent_channels(self.model, latent["samples"], latent.get("downscale_ratio_spacial"),
-                                                         latent.get("downscale_ratio_temporal"))
+        samples = comfy.sample.fix_empty_latent_channels(
+            self.model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+        )
         if len(samples) not in (1, len(self.panels)):
             raise ValueError(
                 f"{self.node_id}: latent_image holds {len(samples)} latents and the conditioning {len(self.panels)} panels; "
@@ -151,7 +170,11 @@ class StorySampler:
         progress = comfy.utils.ProgressBar(total)
         lines = [report]
         for number, part in enumerate(passes):
-            stored = {} if mode == "bank" and part.writes is not None and self._needed(part.writes, passes) else self._stored(part)
+            stored = (
+                {}
+                if mode == "bank" and part.writes is not None and self._needed(part.writes, passes)
+                else self._stored(part)
+            )
             if len(stored) < len(part.kept):
                 try:
                     stored = self._run(part, mode, progress, number * self.settings.steps)
@@ -167,7 +190,9 @@ class StorySampler:
         return torch.stack([done[panel] for panel in self.panels]), self.characters, "\n".join(lines)
 
     def _failure(self, part: Pass, done: dict, error: Exception) -> str:
-        kept = f"{_numbers(tuple(sorted(done)))} kept and will not be drawn again" if self.store else "keep_panels is off"
+        kept = (
+            f"{_numbers(tuple(sorted(done)))} kept and will not be drawn again" if self.store else "keep_panels is off"
+        )
         return f"{self.node_id}: drawing {_numbers(part.panels)} failed: {error} ({kept})"
 
     def _needed(self, name: str, passes: list[Pass]) -> bool:
@@ -189,7 +214,9 @@ class StorySampler:
         shown = self.story.panels[panel].characters
         read = sorted({i for name in shown for i in self.story.id_panels.get(name, ()) if i in self.panels} | {panel})
         rows = [self.panels.index(i) for i in read]
-        banks = [(name, c.fingerprint, c.sigmas, len(c.tensors)) for name, c in self.rule.characters.items() if name in shown]
+        banks = [
+            (name, c.fingerprint, c.sigmas, len(c.tensors)) for name, c in self.rule.characters.items() if name in shown
+        ]
         s = self.settings
         numbers = (s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise, [(i, self._seed(i)) for i in read], panel)
         parts = [rows_of(self.positive, rows, len(self.panels)), self.negative, self.latent[rows], self.mask]
@@ -205,9 +232,12 @@ class StorySampler:
         rule = self.rule.changed(characters=tuple(characters), recorder=recorder)
         model = override.replace(self.model, self.rule, rule)
         latent = self.latent[rows]
-        noise = torch.cat([
-            comfy.sample.prepare_noise(latent[i:i + 1], self._seed(panel), [panel]) for i, panel in enumerate(part.panels)
-        ])
+        noise = torch.cat(
+            [
+                comfy.sample.prepare_noise(latent[i : i + 1], self._seed(panel), [panel])
+                for i, panel in enumerate(part.panels)
+            ]
+        )
         preview = previewer(model)
 
         def callback(step, x0, x, steps):
@@ -215,9 +245,20 @@ class StorySampler:
 
         s = self.settings
         samples = comfy.sample.sample(
-            model, noise, s.steps, s.cfg, s.sampler, s.scheduler, rows_of(self.positive, rows, len(self.panels)),
-            rows_of(self.negative, rows, len(self.panels)), latent, denoise=s.denoise, noise_mask=self._mask_rows(rows),
-            callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=s.seed,
+            model,
+            noise,
+            s.steps,
+            s.cfg,
+            s.sampler,
+            s.scheduler,
+            rows_of(self.positive, rows, len(self.panels)),
+            rows_of(self.negative, rows, len(self.panels)),
+            latent,
+            denoise=s.denoise,
+            noise_mask=self._mask_rows(rows),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=s.seed,
         )
         if recorder is not None:
             self._remember(part.writes, recorder, len(part.panels), samples.shape)
@@ -234,13 +275,26 @@ class StorySampler:
 
     def _remember(self, name: str, recorder: bank.Recorder, panels: int, shape) -> None:
         sigmas = comfy.samplers.KSampler(
-            self.model, self.settings.steps, self.model.load_device, self.settings.sampler, self.settings.scheduler, self.settings.denoise,
+            self.model,
+            self.settings.steps,
+            self.model.load_device,
+            self.settings.sampler,
+            self.settings.scheduler,
+            self.settings.denoise,
             self.model.model_options,
         ).sigmas
         about = next(c.description for c in self.story.characters if c.name == name)
         self.characters[name] = bank.Character(
-            name, about, self.rule.options, self.rule.layers, tuple(sigmas.tolist()), tuple(shape[2:]),
-            type(self.model.model.diffusion_model).__name__, bank.fingerprint(self.model), panels, recorder.tensors(name),
+            name,
+            about,
+            self.rule.options,
+            self.rule.layers,
+            tuple(sigmas.tolist()),
+            tuple(shape[2:]),
+            type(self.model.model.diffusion_model).__name__,
+            bank.fingerprint(self.model),
+            panels,
+            recorder.tensors(name),
         )
         logging.info("Storyweft: character '%s' holds %.1f MiB", name, self.characters[name].bytes / 2**20)
 
@@ -253,5 +307,3 @@ def previewer(model):
 
 def _numbers(panels: tuple[int, ...]) -> str:
     return f"panel{'s' * (len(panels) > 1)} {', '.join(str(panel + 1) for panel in panels)}"
-
-

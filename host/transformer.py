@@ -3,6 +3,7 @@
 Their keys already carry positions when the override sees them, so a bank stores keys and values. Text tokens are never
 shared, and only picture tokens look at what others share.
 """
+
 import math
 import operator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ class Form:
     `order`: "joint" text then picture in one sequence; "apart" picture alone, text by cross-attention; "tail" picture
     last, padded to a multiple of `multiple`. `width`: attribute with the size of
     a token. `indexed`: core says block_type and block_index at each call."""
+
     blocks: tuple[tuple[str, str], ...]
     patch: tuple[int, int, int]
     order: str
@@ -74,7 +76,11 @@ class TransformerFamily:
         tokens = q.shape[2] if kwargs.get("skip_reshape") else q.shape[1]
         grid = self._grid(call.shape)
         image = self._image(call, tokens, math.prod(grid))
-        if image is None or q.shape[0] != len(call.entries) * len(call.items) or tokens != k.shape[1 if k.ndim == 3 else 2]:
+        if (
+            image is None
+            or q.shape[0] != len(call.entries) * len(call.items)
+            or tokens != k.shape[1 if k.ndim == 3 else 2]
+        ):
             return None
         layer = self._layer(call, kwargs["transformer_options"], tokens)
         return None if layer is None else Layout(call.entries, call.items, layer, grid, image)
@@ -87,7 +93,7 @@ class TransformerFamily:
             if start <= 0:
                 return None
         else:
-            start = tokens - count if call.kwargs.get("reference_latent") is not None else 0    # Wan puts it first
+            start = tokens - count if call.kwargs.get("reference_latent") is not None else 0  # Wan puts it first
         return slice(start, start + count) if tokens >= start + count else None
 
     def _layer(self, call, options: dict, tokens: int) -> Layer | None:
@@ -98,7 +104,7 @@ class TransformerFamily:
             return self.by_block.get(block) if call.count[block] == 1 else None
         index = call.count["calls"]
         call.count["calls"] += 1
-        if self.form.order == "apart" and call.text.shape[1] == tokens:     # cross-attention has the same shape
+        if self.form.order == "apart" and call.text.shape[1] == tokens:  # cross-attention has the same shape
             index, odd = divmod(index, 2)
             if odd:
                 return None

@@ -3,6 +3,7 @@
 attn1 and attn2 calls look alike at the override, so chained attn1/attn2 patches leave a mark just before each. The
 temporal blocks of a video U-Net report the same block as the spatial ones; the order within a block tells them apart.
 """
+
 import math
 from typing import NamedTuple
 
@@ -26,14 +27,17 @@ class UNetFamily:
 
     def sizes(self, latent_shape: tuple[int, ...]) -> dict[Layer, int]:
         """Numbers (tokens x channels) that one row of each layer's input holds, for latents [rows, channels, h, w]."""
-        return {layer: self._tokens(layer, latent_shape[-2:]) * self.modules[layer].to_k.in_features for layer in self.layers}
+        return {
+            layer: self._tokens(layer, latent_shape[-2:]) * self.modules[layer].to_k.in_features
+            for layer in self.layers
+        }
 
     def _tokens(self, layer: Layer, size: tuple[int, int]) -> int:
-        halved = self.downsamples[:layer.block + 1] if layer.path == "input" else self.downsamples
+        halved = self.downsamples[: layer.block + 1] if layer.path == "input" else self.downsamples
         times = sum(halved)
         if layer.path == "output":
-            times = sum(self.downsamples[:len(self.downsamples) - layer.block])
-        return math.prod(math.ceil(side / 2 ** times) for side in size)
+            times = sum(self.downsamples[: len(self.downsamples) - layer.block])
+        return math.prod(math.ceil(side / 2**times) for side in size)
 
     def add_patches(self, model) -> None:
         model.set_model_attn1_patch(mark_self)
@@ -66,6 +70,7 @@ class UNetFamily:
 
 class Mark(NamedTuple):
     """A spatial self-attention about to run."""
+
     layer: Layer
     shape: tuple[int, int]
     grid: tuple[int, int]

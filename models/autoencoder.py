@@ -3,6 +3,7 @@
 Pixels are folded 4 x 4 into channels first (pixel unshuffle), so that all convolutions run at a quarter of the size:
 ten times less work than AutoencoderKL for pictures this simple.
 """
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
@@ -25,13 +26,18 @@ class TinyAutoencoder(nn.Module):
         super().__init__()
         conv = operations.Conv2d
         self.encoder = nn.Sequential(
-            conv(48, wide, 3, padding=1), *(Residual(wide, operations) for _ in range(blocks - 1)),
-            conv(wide, deep, 2, stride=2), *(Residual(deep, operations) for _ in range(blocks)),
+            conv(48, wide, 3, padding=1),
+            *(Residual(wide, operations) for _ in range(blocks - 1)),
+            conv(wide, deep, 2, stride=2),
+            *(Residual(deep, operations) for _ in range(blocks)),
             conv(deep, 2 * latent, 1),
         )
         self.decoder = nn.Sequential(
-            conv(latent, deep, 3, padding=1), *(Residual(deep, operations) for _ in range(blocks)),
-            conv(deep, 4 * wide, 1), nn.PixelShuffle(2), *(Residual(wide, operations) for _ in range(blocks)),
+            conv(latent, deep, 3, padding=1),
+            *(Residual(deep, operations) for _ in range(blocks)),
+            conv(deep, 4 * wide, 1),
+            nn.PixelShuffle(2),
+            *(Residual(wide, operations) for _ in range(blocks)),
             conv(wide, 48, 3, padding=1),
         )
 

@@ -1,4 +1,5 @@
 """Splices the NODES list of every node file into one extension."""
+
 from comfy_api.latest import ComfyExtension, io
 
 from . import consistent, demo, sampler, story, storyboard

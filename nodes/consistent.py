@@ -1,4 +1,5 @@
 """Consistent Self-Attention and the characters it remembers (StoryDiffusion, arXiv 2405.01434)."""
+
 import math
 import os
 
@@ -29,45 +30,132 @@ class ConsistentSelfAttention(io.ComfyNode):
             display_name="Consistent Self-Attention",
             category=CATEGORY,
             description="Pictures of one batch also look at a random half of each other's tokens, so that the character "
-                        "they share keeps face, hair and clothes. Needs no training and no weights (StoryDiffusion).",
+            "they share keeps face, hair and clothes. Needs no training and no weights (StoryDiffusion).",
             search_aliases=["storydiffusion", "consistent character", "csa"],
             inputs=[
-                io.Model.Input("model", tooltip="U-Net of SD1.5, SD2 or SDXL as published; Flux, SD3, Qwen-Image, Wan as an experiment."),
-                io.Float.Input("sampling_ratio", default=0.5, min=0.0, max=1.0, step=0.01,
-                               tooltip="Share of each picture's tokens that the others see. 0 changes nothing; the paper uses 0.5."),
-                io.Int.Input("draw_seed", default=0, min=0, max=2**63 - 1,
-                             tooltip="Seed of which tokens are seen and which layers share. Independent of the sampler's seed."),
-                io.Combo.Input("layers", options=list(PATHS), default="output path",
-                               tooltip="Self-attention layers that share. Published: the output path of the U-Net. More layers "
-                                       "tie the pictures closer together, also in pose and place."),
-                io.Float.Input("share_early", default=0.7, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Probability that a layer shares at a step before late_from. Published: 0.7."),
-                io.Float.Input("share_late", default=0.9, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Probability that a layer shares from step late_from on. Published: 0.9."),
-                io.Int.Input("late_from", default=20, min=0, max=10000, advanced=True,
-                             tooltip="First step, counted from 0, that uses share_late. Published: 20."),
-                io.Int.Input("first_step", default=1, min=0, max=10000, advanced=True,
-                             tooltip="First step, counted from 0, that may share at all. Published: 1."),
-                io.Int.Input("window", default=0, min=0, max=1000, advanced=True,
-                             tooltip="Pictures per sliding window of the paper's pseudo code, 0 = every picture sees every other. "
-                                     "Saves memory, not work. U-Nets only, not together with saved characters."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, advanced=True,
-                               tooltip="Part of the noise schedule at which sharing may begin; 0 is the start."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, advanced=True,
-                               tooltip="Part of the noise schedule after which nothing is shared; 1 is the end."),
+                io.Model.Input(
+                    "model",
+                    tooltip="U-Net of SD1.5, SD2 or SDXL as published; Flux, SD3, Qwen-Image, Wan as an experiment.",
+                ),
+                io.Float.Input(
+                    "sampling_ratio",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of each picture's tokens that the others see. 0 changes nothing; the paper uses 0.5.",
+                ),
+                io.Int.Input(
+                    "draw_seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    tooltip="Seed of which tokens are seen and which layers share. Independent of the sampler's seed.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(PATHS),
+                    default="output path",
+                    tooltip="Self-attention layers that share. Published: the output path of the U-Net. More layers "
+                    "tie the pictures closer together, also in pose and place.",
+                ),
+                io.Float.Input(
+                    "share_early",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Probability that a layer shares at a step before late_from. Published: 0.7.",
+                ),
+                io.Float.Input(
+                    "share_late",
+                    default=0.9,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Probability that a layer shares from step late_from on. Published: 0.9.",
+                ),
+                io.Int.Input(
+                    "late_from",
+                    default=20,
+                    min=0,
+                    max=10000,
+                    advanced=True,
+                    tooltip="First step, counted from 0, that uses share_late. Published: 20.",
+                ),
+                io.Int.Input(
+                    "first_step",
+                    default=1,
+                    min=0,
+                    max=10000,
+                    advanced=True,
+                    tooltip="First step, counted from 0, that may share at all. Published: 1.",
+                ),
+                io.Int.Input(
+                    "window",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    advanced=True,
+                    tooltip="Pictures per sliding window of the paper's pseudo code, 0 = every picture sees every other. "
+                    "Saves memory, not work. U-Nets only, not together with saved characters.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Part of the noise schedule at which sharing may begin; 0 is the start.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Part of the noise schedule after which nothing is shared; 1 is the end.",
+                ),
             ],
-            outputs=[io.Model.Output("model", tooltip="The model with sharing; several pictures in one latent batch make a story.")],
+            outputs=[
+                io.Model.Output(
+                    "model", tooltip="The model with sharing; several pictures in one latent batch make a story."
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, model, sampling_ratio, draw_seed, layers, share_early=0.7, share_late=0.9, late_from=20, first_step=1,
-                window=0, start_percent=0.0, end_percent=1.0) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        sampling_ratio,
+        draw_seed,
+        layers,
+        share_early=0.7,
+        share_late=0.9,
+        late_from=20,
+        first_step=1,
+        window=0,
+        start_percent=0.0,
+        end_percent=1.0,
+    ) -> io.NodeOutput:
         node_id = ConsistentRule.node_id
-        for name, value in (("sampling_ratio", sampling_ratio), ("share_early", share_early), ("share_late", share_late),
-                            ("start_percent", start_percent), ("end_percent", end_percent)):
+        for name, value in (
+            ("sampling_ratio", sampling_ratio),
+            ("share_early", share_early),
+            ("share_late", share_late),
+            ("start_percent", start_percent),
+            ("end_percent", end_percent),
+        ):
             fraction(node_id, name, value)
         if start_percent > end_percent:
-            raise ValueError(f"{node_id}: start_percent {start_percent} lies after end_percent {end_percent}; swap them.")
+            raise ValueError(
+                f"{node_id}: start_percent {start_percent} lies after end_percent {end_percent}; swap them."
+            )
         if window == 1:
             raise ValueError(f"{node_id}: window is 1, so no picture would see another; give 0 or at least 2.")
         sampling = model.get_model_object("model_sampling")
@@ -85,7 +173,7 @@ class RecallCharacter(io.ComfyNode):
             display_name="Recall Character",
             category=CATEGORY,
             description="Later pictures read the tokens of a character drawn before, in this or another graph. Use the same "
-                        "size, steps, scheduler and model as when it was drawn.",
+            "size, steps, scheduler and model as when it was drawn.",
             inputs=[
                 io.Model.Input("model", tooltip="Model with or without a Consistent Self-Attention block before it."),
                 Character.Input("character", tooltip="From the Story Sampler or from Load Character."),
@@ -101,7 +189,9 @@ class RecallCharacter(io.ComfyNode):
                 model = override.register(model, ConsistentRule(one.options, one.layers, characters=[one]))
                 continue
             if one.name in rule.characters:
-                raise ValueError(f"StoryweftRecallCharacter: character '{one.name}' is recalled twice on one model; remove one of them.")
+                raise ValueError(
+                    f"StoryweftRecallCharacter: character '{one.name}' is recalled twice on one model; remove one of them."
+                )
             bank.check_layers(one, rule.layers, "StoryweftRecallCharacter")
             model = override.replace(model, rule, rule.changed(characters=[*rule.characters.values(), one]))
         return io.NodeOutput(model)
@@ -120,12 +210,15 @@ class SaveCharacter(io.ComfyNode):
             display_name="Save Character",
             category=CATEGORY,
             description="Writes each character to models/storyweft_characters as a .safetensors file with name, description "
-                        "and the model it belongs to.",
+            "and the model it belongs to.",
             is_output_node=True,
             inputs=[
                 Character.Input("character", tooltip="From the Story Sampler."),
-                io.String.Input("filename_prefix", default="character",
-                                tooltip="File name without ending; the character's name is added. Letters, digits, - and _."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="character",
+                    tooltip="File name without ending; the character's name is added. Letters, digits, - and _.",
+                ),
             ],
             outputs=[io.String.Output("files", tooltip="The files written, one a line.")],
         )
@@ -138,7 +231,9 @@ class SaveCharacter(io.ComfyNode):
             stem = "_".join(part for part in (filename_prefix, one.name) if part)
             safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in stem)
             if not safe.strip("_"):
-                raise ValueError(f"StoryweftSaveCharacter: filename_prefix '{filename_prefix}' holds no letter or digit.")
+                raise ValueError(
+                    f"StoryweftSaveCharacter: filename_prefix '{filename_prefix}' holds no letter or digit."
+                )
             path = os.path.join(character_folder(), f"{safe}.safetensors")
             bank.save(one, path)
             files.append(path)
@@ -153,8 +248,13 @@ class LoadCharacter(io.ComfyNode):
             display_name="Load Character",
             category=CATEGORY,
             description="Reads a character saved before.",
-            inputs=[io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER),
-                                   tooltip="A file of models/storyweft_characters.")],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file of models/storyweft_characters.",
+                )
+            ],
             outputs=[Character.Output("character", tooltip="For Recall Character.")],
         )
 

@@ -3,12 +3,13 @@
 One line per output tensor: file, tensor, greatest absolute error, tolerance, ok or FAIL. A contrast tensor is a known
 wrong result: its line gives the distance that must be kept. Exit 1 on any FAIL and on any file no runner covers.
 """
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import conftest  # noqa: E402, F401  (loads the pack and ComfyUI)
 import conformance_consistent  # noqa: E402
+import conftest  # noqa: E402, F401  (loads the pack and ComfyUI)
 
 RUNNERS = {**conformance_consistent.RUNNERS}
 
@@ -27,7 +28,8 @@ class Report:
 
     def close(self, file: str, tensor: str, got, want, tolerance: float) -> None:
         if got.shape != want.shape:
-            return self.line(file, f"{tensor} {tuple(got.shape)}", float("inf"), f"{tuple(want.shape)}", False)
+            self.line(file, f"{tensor} {tuple(got.shape)}", float("inf"), f"{tuple(want.shape)}", False)
+            return
         error = (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
         self.line(file, tensor, error, f"<= {tolerance:g}", error <= tolerance)
 

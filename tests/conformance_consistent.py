@@ -1,13 +1,13 @@
 """Runners for golden/consistent_attention: one layer, the sliding window, the U-Net and a 24-step run through it."""
+
 import json
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch.nn.functional import linear
-
 from storyweft.attention.consistent import consistent_attention, sampled_tokens, window_attention
 from storyweft.attention.core import attend, merge_heads, split_heads
+from torch.nn.functional import linear
 
 
 def read(path: Path) -> tuple[dict, dict]:
@@ -38,24 +38,30 @@ class Layer:
 
 def halves(rule):
     """Applies a rule to the uncond and the cond half by themselves."""
+
     def both(q, k, v):
         n = len(q) // 2
         return torch.cat([rule(q[:n], k[:n], v[:n], 0), rule(q[n:], k[n:], v[n:], 1)])
+
     return both
 
 
 def shared(draw):
     """Write mode: each frame sees the drawn tokens of all others."""
+
     def rule(q, k, v, half):
         pieces = sampled_tokens(k, v, list(draw))
-        seen = [pieces[:row] + pieces[row + 1:] for row in range(len(q))]
+        seen = [pieces[:row] + pieces[row + 1 :] for row in range(len(q))]
         return consistent_attention(q, k, v, seen, attend)
+
     return halves(rule)
 
 
 def reading(*banks):
     """Read mode: every row sees the bank pieces of its half."""
-    return halves(lambda q, k, v, half: consistent_attention(q, k, v, [[bank[half] for bank in banks]] * len(q), attend))
+    return halves(
+        lambda q, k, v, half: consistent_attention(q, k, v, [[bank[half] for bank in banks]] * len(q), attend)
+    )
 
 
 def sampled_inputs(x, draw):
@@ -77,12 +83,16 @@ def csa_attn(path: Path, report) -> None:
         everything = x.reshape(2, -1, x.shape[-1])
         write = layer(x, shared(draw))
         results = {
-            "v3_write": write, "v2_write": write, "bank": bank,
-            "bank_counts": draw.sum(1), "v3_read": layer(late, reading(layer.pieces(bank))),
+            "v3_write": write,
+            "v2_write": write,
+            "bank": bank,
+            "bank_counts": draw.sum(1),
+            "v3_read": layer(late, reading(layer.pieces(bank))),
             "v2_read": layer(late, reading(layer.pieces(bank))),
             "v3_read_two": layer(late, reading(layer.pieces(bank), layer.pieces(bank2))),
             "v1_read_early": layer(late, reading(layer.pieces(everything))),
-            "v3_read_nc": layer(late, plain), "v3_read_unshared": layer(late, plain),
+            "v3_read_nc": layer(late, plain),
+            "v3_read_unshared": layer(late, plain),
         }
         results |= dict.fromkeys(("v3_write_unshared", "v3_write_step0", "v1_write_early"), layer(x, plain))
         exact = Layer(data, heads, torch.float64)
@@ -122,7 +132,9 @@ def unet_csa(path: Path, report) -> None:
 
 
 RUNNERS = {
-    ("consistent_attention", "csa_attn"): csa_attn, ("consistent_attention", "csa_window"): csa_window,
-    ("consistent_attention", "unet"): unet, ("consistent_attention", "unet_csa"): unet_csa,
+    ("consistent_attention", "csa_attn"): csa_attn,
+    ("consistent_attention", "csa_window"): csa_window,
+    ("consistent_attention", "unet"): unet,
+    ("consistent_attention", "unet_csa"): unet_csa,
 }
 RUNNERS |= {kind: runner for (_, kind), runner in RUNNERS.items()}

@@ -1,4 +1,5 @@
 """The recorded tiny U-Net in ComfyUI's own class, and the authors' 24-step DDIM run through guider and seam."""
+
 import json
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,7 +12,6 @@ import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
 from conformance_consistent import read
-
 from storyweft.attention.consistent import ConsistentOptions
 from storyweft.host import bank, override
 from storyweft.host.consistent import ConsistentRule
@@ -27,10 +27,12 @@ def tiny_unet(path, alphas_cumprod=None) -> TinyUNet:
     weights, meta = read(path)
     recorded = {"num_heads": -1, "adm_in_channels": None} | json.loads(meta["config"])
     config = comfy.supported_models.SD15(recorded)
-    config.unet_config |= recorded      # the class sets SD1.5's own head count
+    config.unet_config |= recorded  # the class sets SD1.5's own head count
     config.set_inference_dtype(torch.float32, None)
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS)
-    missing, unexpected = model.diffusion_model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    missing, unexpected = model.diffusion_model.load_state_dict(
+        {k: v.float() for k, v in weights.items()}, strict=False
+    )
     if alphas_cumprod is not None:
         model.model_sampling.set_sigmas(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5)
     model.diffusion_model.train(False)
@@ -68,7 +70,9 @@ class Forced:
         self.eps: list = []
         self.next: list = []
 
-    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         for step, t in enumerate(self.timesteps):
             self.state = self.states[step]
             guider(noise, sigmas[step].expand(len(noise)), **extra_args)
@@ -106,7 +110,9 @@ def consistent_run(path, weights, report) -> None:
     frames = int(meta["N"])
     patcher = tiny_unet(weights, data["alphas_cumprod"]).patcher
     recorder = bank.Recorder()
-    rule = ConsistentRule(ConsistentOptions(first_step=int(meta["first_shared_step"])), "output path", recorder=recorder, draws=Fed(data))
+    rule = ConsistentRule(
+        ConsistentOptions(first_step=int(meta["first_shared_step"])), "output path", recorder=recorder, draws=Fed(data)
+    )
     ids = list(range(frames))
 
     def relative(name, got, want):
@@ -120,7 +126,16 @@ def consistent_run(path, weights, report) -> None:
 
     sigmas = ((1 - data["alphas_cumprod"]) / data["alphas_cumprod"]).sqrt()[data["timesteps"]].tolist() + [0.0]
     character = bank.Character(
-        "", "", rule.options, rule.layers, tuple(sigmas), tuple(data["x_init"].shape[2:]), "UNetModel", "", frames, recorder.tensors("")
+        "",
+        "",
+        rule.options,
+        rule.layers,
+        tuple(sigmas),
+        tuple(data["x_init"].shape[2:]),
+        "UNetModel",
+        "",
+        frames,
+        recorder.tensors(""),
     )
     first = [character.tensors[f"1.0.{min(layer_ordinals(character))}.{role}.0"] for role in ("negative", "positive")]
     report.close(path.name, "bank_step1_layer0", torch.stack(first), data["bank_step1_layer0"], 3e-5)

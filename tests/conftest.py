@@ -1,4 +1,5 @@
 """Loads the repository root as package `storyweft` and, for tests/host, ComfyUI itself in this process."""
+
 import importlib.util
 import os
 import sys
@@ -17,14 +18,16 @@ def load_pack() -> None:
     """Register the root folder as the importable package `storyweft`, whatever the folder is called."""
     if "storyweft" in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location("storyweft", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "storyweft", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["storyweft"] = module
     spec.loader.exec_module(module)
 
 
 def load_comfy() -> None:
-    """Put ComfyUI (COMFYUI_PATH, else the one that `make env` put beside this interpreter) on the path with its arguments fixed to a CPU run in a scratch folder."""
+    """Put ComfyUI on the path (COMFYUI_PATH, else the one of `make env`), set to a CPU run in a scratch folder."""
     if "comfy.cli_args" in sys.modules:
         return
     comfy_path = os.environ.get("COMFYUI_PATH") or os.path.join(os.path.dirname(sys.prefix), "ComfyUI")

@@ -1,4 +1,5 @@
 """Consistent Self-Attention as mathematics: laws of the gathered form, its draws and its decisions."""
+
 import pytest
 import torch
 from storyweft.attention.consistent import (
@@ -20,7 +21,7 @@ def qkv(rows=3, tokens=12, seed=0, heads=2, dim=4):
 
 def others(k, v, draw):
     pieces = sampled_tokens(k, v, draw)
-    return [pieces[:row] + pieces[row + 1:] for row in range(len(k))]
+    return [pieces[:row] + pieces[row + 1 :] for row in range(len(k))]
 
 
 def masked(q, k, v, draw):
@@ -38,7 +39,9 @@ def masked(q, k, v, draw):
 def test_gathered_form_equals_the_masked_form():
     q, k, v = qkv()
     draw = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) < 0.5
-    torch.testing.assert_close(consistent_attention(q, k, v, others(k, v, draw), attend), masked(q, k, v, draw), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        consistent_attention(q, k, v, others(k, v, draw), attend), masked(q, k, v, draw), atol=1e-12, rtol=0
+    )
 
 
 def test_seeing_nothing_is_plain_attention_bit_for_bit():
@@ -57,7 +60,9 @@ def test_rate_one_is_dense_attention_over_all_panels():
 def test_rate_one_over_identical_panels_is_plain_attention():
     q, k, v = (x[:1].expand(3, -1, -1, -1) for x in qkv())
     everything = torch.ones(3, 12, dtype=torch.bool)
-    torch.testing.assert_close(consistent_attention(q, k, v, others(k, v, everything), attend), attend(q, k, v), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        consistent_attention(q, k, v, others(k, v, everything), attend), attend(q, k, v), atol=1e-12, rtol=0
+    )
 
 
 def test_permuting_panels_with_their_draws_permutes_the_result():
@@ -91,7 +96,10 @@ def test_a_window_over_all_panels_is_the_whole_rule():
     q, k, v = qkv()
     draw = torch.rand(3, 12, generator=torch.Generator().manual_seed(3)) < 0.5
     torch.testing.assert_close(
-        window_attention(q, k, v, draw[None], attend), consistent_attention(q, k, v, others(k, v, draw), attend), atol=1e-12, rtol=0
+        window_attention(q, k, v, draw[None], attend),
+        consistent_attention(q, k, v, others(k, v, draw), attend),
+        atol=1e-12,
+        rtol=0,
     )
 
 
@@ -129,15 +137,23 @@ def test_draws_depend_on_seed_evaluation_grid_and_panel_and_nothing_else():
     torch.random.set_rng_state(state)
     draw_tokens(options, (3, 0), (1, 8, 8), 2)
     assert torch.equal(state, torch.random.get_rng_state())
-    different = [draw_tokens(ConsistentOptions(seed=8), (3, 0), (1, 8, 8), 2), draw_tokens(options, (4, 0), (1, 8, 8), 2),
-                 draw_tokens(options, (3, 1), (1, 8, 8), 2), draw_tokens(options, (3, 0), (1, 8, 8), 1),
-                 draw_tokens(options, (3, 0), (1, 4, 16), 2)]
+    different = [
+        draw_tokens(ConsistentOptions(seed=8), (3, 0), (1, 8, 8), 2),
+        draw_tokens(options, (4, 0), (1, 8, 8), 2),
+        draw_tokens(options, (3, 1), (1, 8, 8), 2),
+        draw_tokens(options, (3, 0), (1, 8, 8), 1),
+        draw_tokens(options, (3, 0), (1, 4, 16), 2),
+    ]
     assert not any(torch.equal(first, other) for other in different)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 1.0])
 def test_share_of_drawn_tokens_is_the_rate(rate):
-    drawn = torch.cat([draw_tokens(ConsistentOptions(rate=rate, seed=s), (1, 0), (1, 64, 64), 0) for s in range(8)]).float().mean()
+    drawn = (
+        torch.cat([draw_tokens(ConsistentOptions(rate=rate, seed=s), (1, 0), (1, 64, 64), 0) for s in range(8)])
+        .float()
+        .mean()
+    )
     assert abs(drawn - rate) < 0.01
 
 

@@ -1,4 +1,5 @@
 """The import table of the house, length limits and forbidden habits, read from the source."""
+
 import ast
 import sys
 from pathlib import Path
@@ -12,10 +13,35 @@ ALLOWED = {
     "sampling": {"torch", "attention"},
     "models": {"torch", "attention"},
     "metrics": {"torch", "numpy", "models"},
-    "host": {"torch", "comfy", "folder_paths", "latent_preview", "server", "safetensors", "PIL", "numpy",
-             "attention", "sampling", "models", "story"},
-    "nodes": {"torch", "comfy", "comfy_api", "folder_paths", "server", "PIL", "numpy",
-              "host", "story", "sampling", "attention", "models", "metrics"},
+    "host": {
+        "torch",
+        "comfy",
+        "folder_paths",
+        "latent_preview",
+        "server",
+        "safetensors",
+        "PIL",
+        "numpy",
+        "attention",
+        "sampling",
+        "models",
+        "story",
+    },
+    "nodes": {
+        "torch",
+        "comfy",
+        "comfy_api",
+        "folder_paths",
+        "server",
+        "PIL",
+        "numpy",
+        "host",
+        "story",
+        "sampling",
+        "attention",
+        "models",
+        "metrics",
+    },
 }
 LAYERS = [*ALLOWED, "training"]
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
@@ -38,7 +64,9 @@ def imported(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(ROOT).parts[0] in ALLOWED], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.relative_to(ROOT).parts[0] in ALLOWED], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_a_file_imports_only_what_its_layer_may(path):
     layer = path.relative_to(ROOT).parts[0]
     for name in imported(path):
@@ -68,6 +96,8 @@ def test_files_and_functions_stay_short_and_say_what_they_catch(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name != "define_schema":
             assert node.end_lineno - node.lineno < 60, f"{path.name}:{node.name}"
         if isinstance(node, ast.ExceptHandler):
-            names = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"everything"}
+            names = (
+                {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"everything"}
+            )
             assert not names & {"Exception", "BaseException", "everything"}, f"{path.name}:{node.lineno}"
         assert not isinstance(node, ast.Global), f"{path.name}:{node.lineno}"

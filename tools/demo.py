@@ -1,4 +1,5 @@
 """Queues workflows/api/consistent_story.json on a real server through its HTTP API and fetches the pictures."""
+
 import asyncio
 import json
 import sys
@@ -24,7 +25,10 @@ def bar(done: float, total: float) -> str:
 async def draw(url: str, graph: dict) -> dict:
     """Queue a graph, show its progress, return its outputs by node."""
     client = uuid.uuid4().hex
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}/ws?clientId={client}", max_msg_size=0) as socket:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{url}/ws?clientId={client}", max_msg_size=0) as socket,
+    ):
         async with session.post(f"{url}/prompt", json={"prompt": graph, "client_id": client}) as answer:
             queued = await answer.json()
         if "prompt_id" not in queued:
@@ -34,14 +38,14 @@ async def draw(url: str, graph: dict) -> dict:
                 continue
             event = json.loads(message.data)
             data = event.get("data", {})
-            if event["type"] == "executing" and data.get("node"):
+            if event["type"] == "executing" and data["node"] is None:  # after execution_success the history is written
+                break
+            if event["type"] == "executing":
                 print(f"\n  {graph[data['node']]['_meta']['title']}", end="", flush=True)
             elif event["type"] == "progress":
                 print(bar(data["value"], data["max"]), end="", flush=True)
             elif event["type"] == "execution_error":
                 raise Trouble(f"{data['node_type']} failed: {data['exception_message'].strip()}")
-            elif event["type"] == "execution_success":
-                break
         print()
         async with session.get(f"{url}/history/{queued['prompt_id']}") as answer:
             return (await answer.json())[queued["prompt_id"]]["outputs"]

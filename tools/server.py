@@ -1,4 +1,5 @@
 """A real ComfyUI server with this pack linked in: `serve` for the page, a context manager for the demo and the tests."""
+
 import contextlib
 import json
 import os
@@ -27,7 +28,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise Trouble(f"port {port} is busy ({error.strerror}); stop what uses it or set PORT to another number.") from error
+            raise Trouble(
+                f"port {port} is busy ({error.strerror}); stop what uses it or set PORT to another number."
+            ) from error
 
 
 def prepare(base: Path) -> None:
@@ -57,8 +60,21 @@ def running(port: int, base: Path, extra: tuple[str, ...] = ()):
     check_port(port)
     prepare(base)
     log = base / "server.log"
-    command = [str(python()), "main.py", "--cpu", "--port", str(port), "--base-directory", str(base), "--database-url",
-               "sqlite:///:memory:", "--disable-api-nodes", "--preview-method", "latent2rgb", *extra]
+    command = [
+        str(python()),
+        "main.py",
+        "--cpu",
+        "--port",
+        str(port),
+        "--base-directory",
+        str(base),
+        "--database-url",
+        "sqlite:///:memory:",
+        "--disable-api-nodes",
+        "--preview-method",
+        "latent2rgb",
+        *extra,
+    ]
     if os.environ.get("STORYWEFT_DEVICE") == "gpu":
         command.remove("--cpu")
     with log.open("w") as out:
@@ -77,7 +93,9 @@ def running(port: int, base: Path, extra: tuple[str, ...] = ()):
 
 def request(url: str, body: dict | None = None) -> dict:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=60) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=60
+    ) as answer:
         return json.load(answer)
 
 
@@ -86,7 +104,9 @@ def serve() -> None:
     base = ROOT / "output" / "comfyui"
     say(f"starting ComfyUI on port {port}; files under {base}")
     with running(port, base) as (url, process):
-        say(f"open {url} in a browser; the workflows are under Workflow > Browse Templates > storyweft; stop with Ctrl-C")
+        say(
+            f"open {url} in a browser; the workflows are under Workflow > Browse Templates > storyweft; stop with Ctrl-C"
+        )
         with contextlib.suppress(KeyboardInterrupt):
             process.wait()
 

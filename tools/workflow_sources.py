@@ -1,17 +1,46 @@
 """The example workflows as API graphs; tools/make_workflows.py turns them into what the page opens."""
-PLACES = ("in the forest by day", "on the beach at sunset", "in the snow by day", "in the city at night",
-          "in the meadow by day", "in the desert at sunset", "in the forest at night", "in the city by day",
-          "on the beach by day", "in the snow at sunset", "in the desert at night", "in the meadow at sunset")
-CAPTIONS = ("One morning the fox left the forest,", "rested by the sea,", "climbed the snowy hills", "and reached the city at night.",
-            "The meadow was wide,", "the desert wider.", "Back in the dark wood", "it missed the streets,",
-            "so it ran along the beach,", "over the hills again,", "slept under desert stars", "and came home at dusk.")
+
+PLACES = (
+    "in the forest by day",
+    "on the beach at sunset",
+    "in the snow by day",
+    "in the city at night",
+    "in the meadow by day",
+    "in the desert at sunset",
+    "in the forest at night",
+    "in the city by day",
+    "on the beach by day",
+    "in the snow at sunset",
+    "in the desert at night",
+    "in the meadow at sunset",
+)
+CAPTIONS = (
+    "One morning the fox left the forest,",
+    "rested by the sea,",
+    "climbed the snowy hills",
+    "and reached the city at night.",
+    "The meadow was wide,",
+    "the desert wider.",
+    "Back in the dark wood",
+    "it missed the streets,",
+    "so it ran along the beach,",
+    "over the hills again,",
+    "slept under desert stars",
+    "and came home at dusk.",
+)
 FOX = "\n".join(f"[Fox] {place} # {caption}" for place, caption in zip(PLACES, CAPTIONS, strict=True))
-TWO = "\n".join((
-    "[Fox] in the forest by day # The fox lives in the forest,", "[Fox] in the meadow by day # and walks in the meadow.",
-    "[Robot] in the city at night # The robot lives in the city,", "[Robot] in the city by day # which never sleeps.",
-    "[Fox] on the beach at sunset # They both like the sea.", "[Robot] on the beach at sunset # Here is where they met.",
-    "[NC] on the beach at night # And then the beach was empty.", "[Fox] in the city at night # The fox went to look for it.",
-))
+TWO = "\n".join(
+    (
+        "[Fox] in the forest by day # The fox lives in the forest,",
+        "[Fox] in the meadow by day # and walks in the meadow.",
+        "[Robot] in the city at night # The robot lives in the city,",
+        "[Robot] in the city by day # which never sleeps.",
+        "[Fox] on the beach at sunset # They both like the sea.",
+        "[Robot] on the beach at sunset # Here is where they met.",
+        "[NC] on the beach at night # And then the beach was empty.",
+        "[Fox] in the city at night # The fox went to look for it.",
+    )
+)
 
 
 class Graph:
@@ -28,36 +57,91 @@ class Graph:
 
 def _demo(graph: Graph, characters: str, panels: str, id_panels: int, chosen: str = "all"):
     loader = graph.add("StoryweftDemoLoader", "Demo Loader")
-    script = graph.add("StoryweftScript", "Story Script", characters=characters, panels=panels, id_panels=id_panels, style="")
-    positive = graph.add("StoryweftPanelConditioning", "Panel Conditioning", clip=loader(1), story=script(), panels=chosen)
+    script = graph.add(
+        "StoryweftScript", "Story Script", characters=characters, panels=panels, id_panels=id_panels, style=""
+    )
+    positive = graph.add(
+        "StoryweftPanelConditioning", "Panel Conditioning", clip=loader(1), story=script(), panels=chosen
+    )
     negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
     return loader, script, positive, negative
 
 
 def _block(graph: Graph, model, title="Consistent Self-Attention"):
-    return graph.add("StoryweftConsistentSelfAttention", title, model=model, sampling_ratio=0.5, draw_seed=0, layers="output path",
-                     share_early=0.7, share_late=0.9, late_from=20, first_step=1, window=0, start_percent=0.0, end_percent=1.0)
+    return graph.add(
+        "StoryweftConsistentSelfAttention",
+        title,
+        model=model,
+        sampling_ratio=0.5,
+        draw_seed=0,
+        layers="output path",
+        share_early=0.7,
+        share_late=0.9,
+        late_from=20,
+        first_step=1,
+        window=0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
 
 
 def _sheet(graph: Graph, latent, vae, story, name: str, layout="grid", larger=3.0):
     pictures = graph.add("VAEDecode", "Decode", samples=latent, vae=vae)()
     if larger != 1:
         pictures = graph.add("ImageScaleBy", "Larger", image=pictures, upscale_method="lanczos", scale_by=larger)()
-    sheet = graph.add("StoryweftStoryboard", "Storyboard", images=pictures, story=story, captions="", layout=layout, columns=0,
-                      caption_position="below", font_size=0, gap=12, background="#ffffff")
+    sheet = graph.add(
+        "StoryweftStoryboard",
+        "Storyboard",
+        images=pictures,
+        story=story,
+        captions="",
+        layout=layout,
+        columns=0,
+        caption_position="below",
+        font_size=0,
+        gap=12,
+        background="#ffffff",
+    )
     graph.add("SaveImage", "Save Sheet", images=sheet(), filename_prefix=f"storyweft/{name}")
     return pictures
 
 
 def _story_sampler(graph: Graph, model, positive, negative, latent, seed: int):
-    return graph.add("StoryweftStorySampler", "Story Sampler", model=model, positive=positive, negative=negative, latent_image=latent,
-                     seed=seed, steps=24, cfg=4.0, sampler_name="ddim", scheduler="normal", denoise=1.0, memory="auto",
-                     panels_at_once=1, panel_seeds="", keep_panels=True)
+    return graph.add(
+        "StoryweftStorySampler",
+        "Story Sampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        seed=seed,
+        steps=24,
+        cfg=4.0,
+        sampler_name="ddim",
+        scheduler="normal",
+        denoise=1.0,
+        memory="auto",
+        panels_at_once=1,
+        panel_seeds="",
+        keep_panels=True,
+    )
 
 
 def _sampler(graph: Graph, model, positive, negative, latent, seed: int, steps=24, cfg=4.0):
-    return graph.add("KSampler", "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=seed,
-                     steps=steps, cfg=cfg, sampler_name="ddim", scheduler="normal", denoise=1.0)
+    return graph.add(
+        "KSampler",
+        "KSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        sampler_name="ddim",
+        scheduler="normal",
+        denoise=1.0,
+    )
 
 
 def consistent_story() -> tuple[dict, str]:
@@ -106,7 +190,10 @@ def two_characters() -> tuple[dict, str]:
 def saved_character() -> tuple[dict, str]:
     graph = Graph()
     loader, script, positive, negative = _demo(
-        graph, "[Fox] a fox", "[Fox] in the city at sunset # Years later.\n[Fox] in the snow at night # The same fox.", 0,
+        graph,
+        "[Fox] a fox",
+        "[Fox] in the city at sunset # Years later.\n[Fox] in the snow at night # The same fox.",
+        0,
     )
     saved = graph.add("StoryweftLoadCharacter", "Load Character", file="demo_Fox.safetensors")
     model = graph.add("StoryweftRecallCharacter", "Recall Character", model=loader(), character=saved())
@@ -123,12 +210,17 @@ def consistent_story_sdxl() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("CheckpointLoaderSimple", "Load Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")
     script = graph.add(
-        "StoryweftScript", "Story Script", characters="[Ana] a red-haired girl in a blue coat", id_panels=4,
+        "StoryweftScript",
+        "Story Script",
+        characters="[Ana] a red-haired girl in a blue coat",
+        id_panels=4,
         panels="[Ana] reads a book in a library # Ana found the map.\n[Ana] runs through the rain # She had to hurry.\n"
-               "[Ana] sits in a train, looking out of the window # It was a long way.\n[Ana] stands on a hill above the sea # There it was.",
+        "[Ana] sits in a train, looking out of the window # It was a long way.\n[Ana] stands on a hill above the sea # There it was.",
         style="{prompt}, comic book, clean lines",
     )
-    positive = graph.add("StoryweftPanelConditioning", "Panel Conditioning", clip=loader(1), story=script(), panels="all")
+    positive = graph.add(
+        "StoryweftPanelConditioning", "Panel Conditioning", clip=loader(1), story=script(), panels="all"
+    )
     negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="blurry, deformed, extra fingers")
     free = graph.add("FreeU", "FreeU as the authors", model=loader(), b1=1.1, b2=1.2, s1=0.6, s2=0.4)
     latent = graph.add("EmptyLatentImage", "Size", width=1024, height=1024, batch_size=script(1))
@@ -141,4 +233,6 @@ def consistent_story_sdxl() -> tuple[dict, str]:
     )
 
 
-WORKFLOWS = {f.__name__: f for f in (consistent_story, long_story, two_characters, saved_character, consistent_story_sdxl)}
+WORKFLOWS = {
+    f.__name__: f for f in (consistent_story, long_story, two_characters, saved_character, consistent_story_sdxl)
+}

@@ -3,6 +3,7 @@
 `python -m training.autoencoder --minutes 8` on two cores; bfloat16 where the processor has it. `--start FILE` goes on
 from a finished file; with `--keep-encoder` the latents stay what they are and only the decoder learns.
 """
+
 import argparse
 import json
 import time
@@ -45,8 +46,13 @@ def save(model: TinyAutoencoder, pages: torch.Tensor, path: str, seen: int, seco
         x = scaled(pages[:128])
         mean = model.encode(x)
         psnr = -10 * ((model.decode(mean) - x) / 2).square().mean().log10().item()
-    metadata = {"config": json.dumps(CONFIG), "scale_factor": str(1 / mean.std().item()), "pages_seen": str(seen),
-                "minutes": f"{seconds / 60:.1f}", "psnr": f"{psnr:.2f}"}
+    metadata = {
+        "config": json.dumps(CONFIG),
+        "scale_factor": str(1 / mean.std().item()),
+        "pages_seen": str(seen),
+        "minutes": f"{seconds / 60:.1f}",
+        "psnr": f"{psnr:.2f}",
+    }
     print(metadata, flush=True)
     save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, path, metadata)
 
@@ -69,7 +75,9 @@ def main() -> None:
         model.load_state_dict({key: value.float() for key, value in load_file(args.start).items()})
     model.encoder.requires_grad_(not args.keep_encoder)
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=args.rate, betas=(0.9, 0.98), weight_decay=1e-3
+    )
     pages = pictures(args.seed, args.pages)
     start, step, seconds = time.time(), 0, args.minutes * 60
     while (spent := time.time() - start) < seconds:

@@ -4,6 +4,7 @@
 embedding knows them; the captions that the U-Net is trained on never do. Only the token embeddings of words that occur
 are kept, and one row that stands for every other token.
 """
+
 import argparse
 import json
 import re
@@ -21,16 +22,30 @@ import comfy.ops  # isort: skip
 from comfy.sd1_clip import SD1Tokenizer  # isort: skip
 
 TEXT = {
-    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "hidden_act": "quick_gelu",
-    "max_position_embeddings": 77, "eos_token_id": 49407,
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
 }
 VISION = {
-    "model_type": "clip_vision_model", "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "intermediate_size": 320, "hidden_act": "quick_gelu", "image_size": 128, "patch_size": 16, "num_channels": 3,
+    "model_type": "clip_vision_model",
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 320,
+    "hidden_act": "quick_gelu",
+    "image_size": 128,
+    "patch_size": 16,
+    "num_channels": 3,
     "projection_dim": 96,
 }
-LENGTH = 48     # tokens looked at while training; later ones are padding and the mask is causal
-MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+LENGTH = 48  # tokens looked at while training; later ones are padding and the mask is causal
+MEAN, STD = (
+    torch.tensor(x).view(3, 1, 1) for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+)
 
 
 def words() -> list[str]:
@@ -87,9 +102,9 @@ class Encoders(torch.nn.Module):
         self.text.text_model.embeddings.token_embedding.weight.requires_grad_(False)
 
     def encode_text(self, rows: torch.Tensor) -> torch.Tensor:
-        ends = (rows == rows.max()).int().argmax(1) + 1     # the end token has the greatest id, so the last row
+        ends = (rows == rows.max()).int().argmax(1) + 1  # the end token has the greatest id, so the last row
         model = self.text.text_model
-        position = model.embeddings.position_embedding.weight[:rows.shape[1]]
+        position = model.embeddings.position_embedding.weight[: rows.shape[1]]
         mask = torch.full((rows.shape[1],) * 2, -1e9).triu_(1)
         x, _ = model.encoder(self.rows[rows] + position, mask=mask)
         return self.text.text_projection(model.final_layer_norm(x)[torch.arange(len(x)), ends - 1])
@@ -120,10 +135,12 @@ def main() -> None:
         index = rng.integers(len(pages), size=args.batch)
         named = rng.random() < 0.5
         rows = torch.tensor([vocabulary.rows(texts[i][named])[:LENGTH] for i in index])
-        rows[(torch.rand(rows.shape) < 0.03) & (rows > 0) & (rows < rows.max() - 1)] = 0    # words it will not know
-        same = torch.tensor([[keys[a][:1 + named] == keys[b][:1 + named] for b in index] for a in index]).float()
+        rows[(torch.rand(rows.shape) < 0.03) & (rows > 0) & (rows < rows.max() - 1)] = 0  # words it will not know
+        same = torch.tensor([[keys[a][: 1 + named] == keys[b][: 1 + named] for b in index] for a in index]).float()
         with torch.autocast("cpu", torch.bfloat16):
-            seen = model.vision(pixel_values=(images[index].float() / 255 - MEAN) / STD, intermediate_output=-2)[2].float()
+            seen = model.vision(pixel_values=(images[index].float() / 255 - MEAN) / STD, intermediate_output=-2)[
+                2
+            ].float()
         read = model.encode_text(rows)
         logits = torch.nn.functional.normalize(read, dim=1) @ torch.nn.functional.normalize(seen, dim=1).T
         logits = logits * model.logit_scale.clamp(max=4.6).exp()
@@ -137,7 +154,9 @@ def main() -> None:
         if step % 50 == 0:
             best = logits.argmax(1)
             hit = same[torch.arange(len(best)), best].mean().item()
-            print(f"step {step} named {named} loss {loss.item():.3f} retrieval {hit:.3f} seconds {spent:.0f}", flush=True)
+            print(
+                f"step {step} named {named} loss {loss.item():.3f} retrieval {hit:.3f} seconds {spent:.0f}", flush=True
+            )
     save(model, vocabulary, args.out, step * args.batch, seconds)
 
 
@@ -152,7 +171,12 @@ def save(model: Encoders, vocabulary: Vocabulary, path: str, seen: int, seconds:
     tensors["text.rows"] = model.rows.detach()
     tensors = {key: value.half().contiguous() for key, value in tensors.items()}
     tensors["text.token_ids"] = torch.tensor(vocabulary.ids, dtype=torch.int32)
-    metadata = {"text": json.dumps(TEXT), "vision": json.dumps(VISION), "pages_seen": str(seen), "minutes": f"{seconds / 60:.1f}"}
+    metadata = {
+        "text": json.dumps(TEXT),
+        "vision": json.dumps(VISION),
+        "pages_seen": str(seen),
+        "minutes": f"{seconds / 60:.1f}",
+    }
     save_file(tensors, path, metadata)
 
 

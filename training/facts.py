@@ -3,6 +3,7 @@
 `python -m training.facts` on one core: each page is seen as drawn or as the autoencoder gives it back from noisy
 latents, so that readings hold for sampled pictures. Never tuned on sampled pictures.
 """
+
 import argparse
 import json
 import time
@@ -19,16 +20,25 @@ from models.autoencoder import TinyAutoencoder
 from .storybook import COLOURS, HATS, KINDS, PLACES, TIMES, sample
 
 LABELS = {
-    "kind": list(KINDS), "colour": list(COLOURS), "hat": list(HATS), "place": list(PLACES), "time": list(TIMES),
+    "kind": list(KINDS),
+    "colour": list(COLOURS),
+    "hat": list(HATS),
+    "place": list(PLACES),
+    "time": list(TIMES),
     "count": ["one", "two"],
 }
-UNKNOWN = -100      # the target that cross entropy leaves out
+UNKNOWN = -100  # the target that cross entropy leaves out
 
 
 def target(page) -> tuple[list[int], tuple]:
     """Label numbers in the order of LABELS and the box; place and time of two different panels are left out."""
     facts = page.facts
-    known = {"kind": facts[0].kind, "colour": facts[0].colour, "hat": facts[0].hat, "count": LABELS["count"][len(facts) - 1]}
+    known = {
+        "kind": facts[0].kind,
+        "colour": facts[0].colour,
+        "hat": facts[0].hat,
+        "count": LABELS["count"][len(facts) - 1],
+    }
     for group in ("place", "time"):
         seen = {getattr(one, group) for one in facts}
         known[group] = seen.pop() if len(seen) == 1 else None
@@ -81,8 +91,13 @@ def loss_of(net: FactNet, x: torch.Tensor, labels: torch.Tensor, boxes: torch.Te
 def accuracy(net: FactNet, x: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor) -> dict[str, float]:
     """Share of right labels per group over single-character pages, and the mean error of box edges."""
     logits, found = net(x)
-    report = {name: (scores.argmax(1) == labels[:, i]).float().mean().item() for i, (name, scores) in enumerate(logits.items())}
-    return {name: round(value, 4) for name, value in {**report, "box_error": (found - boxes).abs().mean().item()}.items()}
+    report = {
+        name: (scores.argmax(1) == labels[:, i]).float().mean().item()
+        for i, (name, scores) in enumerate(logits.items())
+    }
+    return {
+        name: round(value, 4) for name, value in {**report, "box_error": (found - boxes).abs().mean().item()}.items()
+    }
 
 
 def main() -> None:
@@ -102,8 +117,10 @@ def main() -> None:
     pictures, labels, boxes = pages(args.seed, args.pages)
     start, step, seconds, rate = time.time(), 0, args.minutes * 60, 2e-3
     print(f"{args.pages} pages drawn", flush=True)
-    for part in range(0, args.pages // 2, 100):     # the first half is seen through the autoencoder
-        pictures[part:part + 100] = worn(autoencoder, scale, pictures[part:part + 100] / 255, 0.15, generator).mul(255).round().byte()
+    for part in range(0, args.pages // 2, 100):  # the first half is seen through the autoencoder
+        pictures[part : part + 100] = (
+            worn(autoencoder, scale, pictures[part : part + 100] / 255, 0.15, generator).mul(255).round().byte()
+        )
     print(f"half of them passed through the autoencoder in {time.time() - start:.0f} s", flush=True)
     net = FactNet(LABELS)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.02)
@@ -125,9 +142,18 @@ def main() -> None:
         "decoded": accuracy(net, worn(autoencoder, scale, held / 255, 0.0, generator), names, spots),
     }
     print(json.dumps(report, indent=1), flush=True)
-    metadata = {"config": json.dumps({"labels": LABELS}), "held_out": json.dumps(report), "pages_seen": str(step * args.batch),
-                "minutes": f"{seconds / 60:.1f}", "seed": str(args.seed)}
-    save_file({name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()}, args.out, metadata)
+    metadata = {
+        "config": json.dumps({"labels": LABELS}),
+        "held_out": json.dumps(report),
+        "pages_seen": str(step * args.batch),
+        "minutes": f"{seconds / 60:.1f}",
+        "seed": str(args.seed),
+    }
+    save_file(
+        {name: value.half() if value.is_floating_point() else value for name, value in net.state_dict().items()},
+        args.out,
+        metadata,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 ComfyUI is found through COMFYUI_PATH, else where `make env` puts it, beside this interpreter's environment.
 """
+
 import os
 import sys
 

@@ -2,6 +2,7 @@
 
 `python -m training.release` after the trainers; each file is written beside its place and then moved there.
 """
+
 import argparse
 import hashlib
 import json
@@ -15,7 +16,7 @@ from torch.nn.functional import avg_pool2d
 
 from .facts import load_autoencoder, pages
 
-LIMITS = {"unet": 14e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6}      # bytes
+LIMITS = {"unet": 14e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6}  # bytes
 
 
 @torch.no_grad()
@@ -35,7 +36,9 @@ def release(source: Path, target: Path) -> None:
     if source.stem == "autoencoder":
         metadata["latent_rgb"] = json.dumps(preview_colours(source))
     part = target.with_suffix(".part")
-    save_file({key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}, part, metadata)
+    save_file(
+        {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}, part, metadata
+    )
     if part.stat().st_size > LIMITS[source.stem]:
         raise ValueError(f"{source} makes a file of {part.stat().st_size} bytes, more than {LIMITS[source.stem]:.0f}")
     os.replace(part, target)
@@ -44,7 +47,10 @@ def release(source: Path, target: Path) -> None:
 
 def checksums(folder: Path) -> None:
     """Write SHA256SUMS of every weight file of the folder, in the form that sha256sum -c reads."""
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(folder.glob("*.safetensors"))
+    ]
     part = folder / "SHA256SUMS.part"
     part.write_text("".join(lines))
     os.replace(part, folder / "SHA256SUMS")

@@ -5,6 +5,7 @@ consistency across panels has to keep. Many pictures show one character twice, o
 and comics do. Sprites are Fluent Emoji (MIT, see NOTICE), recoloured. `python -m training.storybook --sheet FILE` draws
 examples.
 """
+
 import argparse
 import io
 import json
@@ -18,13 +19,21 @@ from PIL import Image, ImageDraw
 
 SIZE = 128
 COLOURS = {
-    "red": (222, 56, 52), "yellow": (248, 202, 58), "green": (58, 176, 84), "blue": (58, 122, 234),
-    "purple": (150, 78, 196), "white": (238, 238, 242),
+    "red": (222, 56, 52),
+    "yellow": (248, 202, 58),
+    "green": (58, 176, 84),
+    "blue": (58, 122, 234),
+    "purple": (150, 78, 196),
+    "white": (238, 238, 242),
 }
 HATS = ("none", "top hat", "crown")
 PLACES = {
-    "forest": "in the forest", "beach": "on the beach", "snow": "in the snow", "city": "in the city",
-    "desert": "in the desert", "meadow": "in the meadow",
+    "forest": "in the forest",
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "city": "in the city",
+    "desert": "in the desert",
+    "meadow": "in the meadow",
 }
 TIMES = {"day": "by day", "sunset": "at sunset", "night": "at night"}
 # kind -> fills that take the body colour with their brightness, and where a hat sits (x, y of its lower edge, width)
@@ -38,12 +47,13 @@ KINDS = {
     "snail": ({"#a56953": 1.0, "#6d4534": 0.75}, (0.62, 0.20, 0.42)),
     "dinosaur": ({"#00d26a": 1.0, "#008463": 0.75}, (0.18, 0.12, 0.36)),
 }
-HEADROOM = 0.34     # of the sprite's side, above it, for the hat
+HEADROOM = 0.34  # of the sprite's side, above it, for the hat
 
 
 @dataclass(frozen=True)
 class Facts:
     """What one drawn character is and where: box is (x0, y0, x1, y1) in picture units."""
+
     kind: str
     colour: str
     hat: str
@@ -58,7 +68,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Page:
-    image: np.ndarray       # uint8 [SIZE, SIZE, 3]
+    image: np.ndarray  # uint8 [SIZE, SIZE, 3]
     caption: str
     facts: tuple[Facts, ...]
 
@@ -88,17 +98,25 @@ def sprite(kind: str, colour: str, hat: str) -> Image.Image:
     if hat != "none":
         worn = _render(_bodies()[hat], round(width * side))
         worn = worn.crop(worn.getbbox())
-        canvas.alpha_composite(worn, (max(0, round(x * side - worn.width / 2)), max(0, round(top + y * side - worn.height))))
+        canvas.alpha_composite(
+            worn, (max(0, round(x * side - worn.width / 2)), max(0, round(top + y * side - worn.height)))
+        )
     return canvas.crop(canvas.getbbox())
 
 
 SKIES = {
-    "day": ((120, 196, 250), (206, 236, 255)), "sunset": ((236, 96, 84), (255, 196, 110)), "night": ((16, 20, 58), (44, 48, 104)),
+    "day": ((120, 196, 250), (206, 236, 255)),
+    "sunset": ((236, 96, 84), (255, 196, 110)),
+    "night": ((16, 20, 58), (44, 48, 104)),
 }
 LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.78, 0.66), "night": (0.36, 0.40, 0.62)}
 GROUNDS = {
-    "forest": (70, 140, 70), "beach": (240, 216, 150), "snow": (240, 246, 255), "city": (128, 128, 136),
-    "desert": (226, 168, 92), "meadow": (130, 200, 84),
+    "forest": (70, 140, 70),
+    "beach": (240, 216, 150),
+    "snow": (240, 246, 255),
+    "city": (128, 128, 136),
+    "desert": (226, 168, 92),
+    "meadow": (130, 200, 84),
 }
 HORIZON = 78
 
@@ -111,7 +129,9 @@ def _trees(draw, rng, time, width):
     for x in np.arange(-6, width, 17) + rng.integers(-4, 5):
         height = int(rng.integers(40, 62))
         draw.rectangle((x + 6, HORIZON - 12, x + 10, HORIZON + 6), fill=_lit((110, 72, 44), time))
-        draw.polygon([(x - 4, HORIZON - 2), (x + 8, HORIZON - height), (x + 20, HORIZON - 2)], fill=_lit((30, 104, 56), time))
+        draw.polygon(
+            [(x - 4, HORIZON - 2), (x + 8, HORIZON - height), (x + 20, HORIZON - 2)], fill=_lit((30, 104, 56), time)
+        )
 
 
 def _sea(draw, rng, time, width):
@@ -123,8 +143,13 @@ def _sea(draw, rng, time, width):
 def _peaks(draw, rng, time, width):
     for x in np.arange(-20, width, 46) + rng.integers(-8, 9):
         height = int(rng.integers(38, 60))
-        draw.polygon([(x - 16, HORIZON), (x + 22, HORIZON - height), (x + 60, HORIZON)], fill=_lit((140, 152, 178), time))
-        draw.polygon([(x + 9, HORIZON - height * 0.66), (x + 22, HORIZON - height), (x + 35, HORIZON - height * 0.66)], fill=_lit((250, 252, 255), time))
+        draw.polygon(
+            [(x - 16, HORIZON), (x + 22, HORIZON - height), (x + 60, HORIZON)], fill=_lit((140, 152, 178), time)
+        )
+        draw.polygon(
+            [(x + 9, HORIZON - height * 0.66), (x + 22, HORIZON - height), (x + 35, HORIZON - height * 0.66)],
+            fill=_lit((250, 252, 255), time),
+        )
 
 
 def _houses(draw, rng, time, width):
@@ -192,7 +217,9 @@ def draw_scene(rng, facts: Facts, size: tuple[int, int], spots) -> tuple[Image.I
     for x, side in spots:
         figure = sprite(facts.kind, facts.colour, facts.hat)
         scale = side * SIZE / max(figure.size)
-        figure = figure.resize((max(8, round(figure.width * scale)), max(8, round(figure.height * scale))), Image.LANCZOS)
+        figure = figure.resize(
+            (max(8, round(figure.width * scale)), max(8, round(figure.height * scale))), Image.LANCZOS
+        )
         if rng.random() < 0.5:
             figure = figure.transpose(Image.FLIP_LEFT_RIGHT)
         px = int(np.clip(round(x * width - figure.width / 2), 0, max(width - figure.width, 0)))
@@ -205,8 +232,14 @@ def draw_scene(rng, facts: Facts, size: tuple[int, int], spots) -> tuple[Image.I
 
 def phrase(rng, facts: Facts, words: str = "") -> str:
     """A caption of one scene in one of several wordings."""
-    who, where, when = f"{'an' if facts.kind[0] in 'aeiou' else 'a'} {facts.kind}{words}", PLACES[facts.place], TIMES[facts.time]
-    return _choose(rng, (f"{who} {where} {when}", f"{who} {when} {where}", f"{when}, {who} {where}", f"{where} {when}, {who}"))
+    who, where, when = (
+        f"{'an' if facts.kind[0] in 'aeiou' else 'a'} {facts.kind}{words}",
+        PLACES[facts.place],
+        TIMES[facts.time],
+    )
+    return _choose(
+        rng, (f"{who} {where} {when}", f"{who} {when} {where}", f"{when}, {who} {where}", f"{where} {when}, {who}")
+    )
 
 
 def sample(rng: np.random.Generator, form: str | None = None, **known) -> Page:
@@ -216,8 +249,12 @@ def sample(rng: np.random.Generator, form: str | None = None, **known) -> Page:
     """
     form = form or ("one", "twice", "panels")[np.searchsorted((0.45, 0.78), rng.random(), side="right")]
     facts = Facts(
-        known.get("kind") or _choose(rng, KINDS), known.get("colour") or _choose(rng, COLOURS), known.get("hat") or _choose(rng, HATS),
-        known.get("place") or _choose(rng, PLACES), known.get("time") or _choose(rng, TIMES), (0, 0, 0, 0),
+        known.get("kind") or _choose(rng, KINDS),
+        known.get("colour") or _choose(rng, COLOURS),
+        known.get("hat") or _choose(rng, HATS),
+        known.get("place") or _choose(rng, PLACES),
+        known.get("time") or _choose(rng, TIMES),
+        (0, 0, 0, 0),
     )
     if form == "one":
         image, found = draw_scene(rng, facts, (SIZE, SIZE), [(rng.uniform(0.3, 0.7), rng.uniform(0.46, 0.62))])
@@ -231,7 +268,10 @@ def sample(rng: np.random.Generator, form: str | None = None, **known) -> Page:
     for index, part in enumerate((facts, other)):
         scene, drawn = draw_scene(rng, part, (half, SIZE), [(rng.uniform(0.45, 0.55), rng.uniform(0.40, 0.48))])
         page.paste(scene.crop((0, 0, half - 1, SIZE)), (index * (half + 1), 0))
-        found += [replace(one, box=((one.box[0] + index) / 2, one.box[1], (one.box[2] + index) / 2, one.box[3])) for one in drawn]
+        found += [
+            replace(one, box=((one.box[0] + index) / 2, one.box[1], (one.box[2] + index) / 2, one.box[3]))
+            for one in drawn
+        ]
     return Page(np.asarray(page), f"two panels, {phrase(rng, facts)} and {phrase(rng, other)}", tuple(found))
 
 

@@ -1,4 +1,5 @@
 """Consistent Self-Attention inside ComfyUI: the laws of the house on tiny models of every family."""
+
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
@@ -72,11 +73,14 @@ def test_the_same_graph_twice_gives_the_same_and_global_randomness_is_not_touche
 def test_a_text_prompt_of_a_panel_stays_its_own(name, patcher):
     """Changing panel 2's prompt changes panel 0 only through sharing: not at all without the block."""
     if name == "svd":
-        return      # its frames are one video and look at each other in its temporal layers anyway
+        return  # its frames are one video and look at each other in its temporal layers anyway
     positive, negative, start = inputs(name)
     other = [[positive[0][0].clone(), positive[0][1]]]
     other[0][0][2] += 1
-    assert apart(tiny.sample(patcher, other, negative, start)[:2], tiny.sample(patcher, positive, negative, start)[:2]) < 2e-5
+    assert (
+        apart(tiny.sample(patcher, other, negative, start)[:2], tiny.sample(patcher, positive, negative, start)[:2])
+        < 2e-5
+    )
     changed = tiny.sample(shared(patcher), other, negative, start)[:2]
     assert apart(changed, tiny.sample(shared(patcher), positive, negative, start)[:2]) > 1e-6
 
@@ -145,7 +149,9 @@ def test_a_replace_patch_that_hides_a_layer_is_refused_by_name(sd15):
 
 def test_a_replace_patch_that_passes_options_on_is_fine(sd15):
     def polite(q, k, v, extra):
-        return optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"], transformer_options=extra)
+        return optimized_attention(
+            q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"], transformer_options=extra
+        )
 
     model = shared(sd15)
     model.set_model_attn1_replace(polite, "output", 0)
@@ -217,7 +223,9 @@ def test_windows_bound_who_sees_whom(sd15):
 def test_a_batch_that_does_not_fit_the_panels_is_refused_before_the_first_step(sd15):
     story = parse_script("", "one\ntwo\nthree", id_count=2)
     positive = tiny.conditioning("sd15", 3, 1, marks={"storyweft_panels": (0, 1, 2), "storyweft_story": story})
-    with pytest.raises(ValueError, match="latent holds 2 pictures and the conditioning 3 panels; set the latent's batch_size to 3"):
+    with pytest.raises(
+        ValueError, match="latent holds 2 pictures and the conditioning 3 panels; set the latent's batch_size to 3"
+    ):
         tiny.sample(shared(sd15), positive, tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 2))
 
 

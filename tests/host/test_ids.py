@@ -1,4 +1,5 @@
 """Node ids, help pages, translations, tooltips and workflows agree."""
+
 import asyncio
 import json
 
@@ -13,8 +14,15 @@ SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
 
 def test_ids_that_were_released_stay():
     assert set(SCHEMAS) >= {
-        "StoryweftDemoLoader", "StoryweftScript", "StoryweftPanelConditioning", "StoryweftConsistentSelfAttention", "StoryweftStoryboard",
-        "StoryweftStorySampler", "StoryweftRecallCharacter", "StoryweftSaveCharacter", "StoryweftLoadCharacter",
+        "StoryweftDemoLoader",
+        "StoryweftScript",
+        "StoryweftPanelConditioning",
+        "StoryweftConsistentSelfAttention",
+        "StoryweftStoryboard",
+        "StoryweftStorySampler",
+        "StoryweftRecallCharacter",
+        "StoryweftSaveCharacter",
+        "StoryweftLoadCharacter",
     }
 
 
@@ -50,7 +58,13 @@ def test_translations_name_every_node_input_and_output(language):
 
 
 def test_every_node_is_shown_by_a_workflow_in_both_formats():
-    shown = {node["type"] for path in (ROOT / "workflows").glob("*.json") for node in json.loads(path.read_text())["nodes"]}
-    queued = {node["class_type"] for path in (ROOT / "workflows" / "api").glob("*.json") for node in json.loads(path.read_text()).values()}
+    shown = {
+        node["type"] for path in (ROOT / "workflows").glob("*.json") for node in json.loads(path.read_text())["nodes"]
+    }
+    queued = {
+        node["class_type"]
+        for path in (ROOT / "workflows" / "api").glob("*.json")
+        for node in json.loads(path.read_text()).values()
+    }
     assert set(SCHEMAS) <= shown
     assert set(SCHEMAS) <= queued

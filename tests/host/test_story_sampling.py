@@ -1,4 +1,5 @@
 """Stories drawn in passes: three ways to remember are one result, nothing drawn is lost, a character can travel."""
+
 from dataclasses import replace
 
 import comfy.sample
@@ -14,7 +15,8 @@ from storyweft.story.script import parse_script
 
 STORY = parse_script(
     "[Ana] a fox\n[Ben] a bear",
-    "[Ana] runs\n[Ana] sits\n[Ben] runs\n[Ben] eats\n[Ana] meets [Ben]\n[NC] a tree\n[Ana] sleeps", id_count=2,
+    "[Ana] runs\n[Ana] sits\n[Ben] runs\n[Ben] eats\n[Ana] meets [Ben]\n[NC] a tree\n[Ana] sleeps",
+    id_count=2,
 )
 COUNT = len(STORY.panels)
 OPTIONS = ConsistentOptions(share_early=1.0, share_late=1.0)
@@ -41,8 +43,15 @@ def marked(panels, story=STORY, seed=1):
 def sampler(patcher, panels=range(COUNT), store=None, options=OPTIONS, **changes):
     model = override.register(patcher, ConsistentRule(options, "output path"))
     latent = {"samples": tiny.latent("sd15", 1)}
-    return StorySampler("StoryweftStorySampler", model, marked(panels), tiny.conditioning("sd15", 1, 2), latent,
-                        replace(SETTINGS, **changes), store)
+    return StorySampler(
+        "StoryweftStorySampler",
+        model,
+        marked(panels),
+        tiny.conditioning("sd15", 1, 2),
+        latent,
+        replace(SETTINGS, **changes),
+        store,
+    )
 
 
 def apart(a, b):
@@ -56,18 +65,36 @@ def test_bank_recompute_and_together_draw_the_same_story(patcher):
 
 
 def test_panels_at_once_changes_nothing(patcher):
-    assert apart(sampler(patcher, memory="bank", panels_at_once=3).draw()[0], sampler(patcher, memory="bank").draw()[0]) < 2e-5
+    assert (
+        apart(sampler(patcher, memory="bank", panels_at_once=3).draw()[0], sampler(patcher, memory="bank").draw()[0])
+        < 2e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
 def test_the_bank_fits_samplers_with_other_evaluations(patcher, name):
-    assert apart(sampler(patcher, memory="bank", sampler=name).draw()[0], sampler(patcher, memory="together", sampler=name).draw()[0]) < 2e-5
+    assert (
+        apart(
+            sampler(patcher, memory="bank", sampler=name).draw()[0],
+            sampler(patcher, memory="together", sampler=name).draw()[0],
+        )
+        < 2e-5
+    )
 
 
 def test_a_panel_without_character_is_the_plain_picture(patcher):
     plain = comfy.sample.sample(
-        patcher, comfy.sample.prepare_noise(tiny.latent("sd15", 1), 5, [5]), 4, 3.0, "euler", "normal",
-        marked([5]), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 1), disable_pbar=True, seed=5,
+        patcher,
+        comfy.sample.prepare_noise(tiny.latent("sd15", 1), 5, [5]),
+        4,
+        3.0,
+        "euler",
+        "normal",
+        marked([5]),
+        tiny.conditioning("sd15", 1, 2),
+        tiny.latent("sd15", 1),
+        disable_pbar=True,
+        seed=5,
     )
     assert apart(sampler(patcher, memory="bank").draw()[0][5:6], plain) < 2e-5
 
@@ -90,7 +117,9 @@ def test_bank_memory_in_ram_does_not_grow_with_the_story(patcher):
         story = parse_script("[Ana] a fox", "\n".join(["[Ana] runs"] * count), id_count=2)
         made = sampler(patcher, range(4), memory="bank")
         made.story, made.panels = story, tuple(range(count))
-        made.positive = [[torch.randn(count, 7, 16), {"storyweft_panels": tuple(range(count)), "storyweft_story": story}]]
+        made.positive = [
+            [torch.randn(count, 7, 16), {"storyweft_panels": tuple(range(count)), "storyweft_story": story}]
+        ]
         made.latent = tiny.latent("sd15", 1).expand(count, -1, -1, -1)
         sizes.append(made.draw()[1]["Ana"].bytes)
     assert sizes[0] == sizes[1]
@@ -107,13 +136,15 @@ def test_the_plan_writes_each_character_once_and_keeps_every_panel_once():
 def test_finished_panels_are_not_drawn_again_and_one_can_be_redone(patcher, store, monkeypatch):
     first = sampler(patcher, memory="bank", store=store).draw()[0]
     runs = []
-    monkeypatch.setattr(comfy.sample, "sample", lambda *a, real=comfy.sample.sample, **k: runs.append(1) or real(*a, **k))
+    monkeypatch.setattr(
+        comfy.sample, "sample", lambda *a, real=comfy.sample.sample, **k: runs.append(1) or real(*a, **k)
+    )
     assert torch.equal(first, sampler(patcher, memory="bank", store=store).draw()[0])
     assert not runs
     redone, _, report = sampler(patcher, memory="bank", store=store, panel_seeds=((6, 99),)).draw()
     assert torch.equal(redone[:6], first[:6])
     assert apart(redone[6], first[6]) > 1e-3
-    assert len(runs) == 2, report       # Ana's id panels, for her bank, and the panel itself
+    assert len(runs) == 2, report  # Ana's id panels, for her bank, and the panel itself
 
 
 def test_panels_drawn_before_a_failure_are_kept(patcher, store, monkeypatch):
@@ -126,7 +157,9 @@ def test_panels_drawn_before_a_failure_are_kept(patcher, store, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(comfy.sample, "sample", failing)
-    with pytest.raises(RuntimeError, match=r"StoryweftStorySampler: drawing panel 6 failed: no more room \(panels 1, 2, 3, 4, 5 kept"):
+    with pytest.raises(
+        RuntimeError, match=r"StoryweftStorySampler: drawing panel 6 failed: no more room \(panels 1, 2, 3, 4, 5 kept"
+    ):
         sampler(patcher, memory="recompute", store=store).draw()
     monkeypatch.setattr(comfy.sample, "sample", real)
     report = sampler(patcher, memory="recompute", store=store).draw()[2]
@@ -135,7 +168,10 @@ def test_panels_drawn_before_a_failure_are_kept(patcher, store, monkeypatch):
 
 
 def test_another_prompt_model_or_setting_is_another_panel(patcher, store):
-    keys = {sampler(patcher, store=store, **change)._key(6) for change in ({}, {"cfg": 4.0}, {"steps": 5}, {"seed": 6}, {"sampler": "ddim"})}
+    keys = {
+        sampler(patcher, store=store, **change)._key(6)
+        for change in ({}, {"cfg": 4.0}, {"steps": 5}, {"seed": 6}, {"sampler": "ddim"})
+    }
     keys.add(sampler(patcher, store=store, options=ConsistentOptions(rate=0.4))._key(6))
     other = sampler(patcher, store=store)
     other.positive = marked(range(COUNT), seed=9)
@@ -147,7 +183,15 @@ def recalled(patcher, characters, panels=(4, 6), **changes):
     rule = ConsistentRule(OPTIONS, "output path", characters=characters)
     model = override.register(patcher, rule)
     latent = {"samples": tiny.latent("sd15", 1)}
-    return StorySampler("StoryweftStorySampler", model, marked(panels), tiny.conditioning("sd15", 1, 2), latent, replace(SETTINGS, **changes), None)
+    return StorySampler(
+        "StoryweftStorySampler",
+        model,
+        marked(panels),
+        tiny.conditioning("sd15", 1, 2),
+        latent,
+        replace(SETTINGS, **changes),
+        None,
+    )
 
 
 def test_a_saved_character_draws_the_same_later_panels_in_another_graph(patcher, tmp_path):
@@ -179,11 +223,14 @@ def test_bank_tokens_are_projected_once_for_all_readers(patcher):
     assert counts == [6, *([6, 1, 1] * 3)], "own rows of both parts, then one projection for each part of the bank"
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"steps": 5}, r"4 steps .* and this run has 5"),
-    ({"scheduler": "karras"}, r"use the same steps, scheduler and denoise"),
-    ({"denoise": 0.5}, r"use the same steps, scheduler and denoise"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"steps": 5}, r"4 steps .* and this run has 5"),
+        ({"scheduler": "karras"}, r"use the same steps, scheduler and denoise"),
+        ({"denoise": 0.5}, r"use the same steps, scheduler and denoise"),
+    ],
+)
 def test_reading_under_another_schedule_is_refused(patcher, change, sentence):
     characters = list(sampler(patcher, memory="bank").draw()[1].values())
     with pytest.raises(ValueError, match=f"character 'Ana' was made with .*{sentence}"):
@@ -193,13 +240,17 @@ def test_reading_under_another_schedule_is_refused(patcher, change, sentence):
 def test_reading_at_another_size_is_refused(patcher):
     made = recalled(patcher, list(sampler(patcher, memory="bank").draw()[1].values()))
     made.latent = torch.zeros(2, 4, 16, 12)
-    with pytest.raises(ValueError, match=r"latents of \(8, 12\) and this run has \(16, 12\); use the same picture size"):
+    with pytest.raises(
+        ValueError, match=r"latents of \(8, 12\) and this run has \(16, 12\); use the same picture size"
+    ):
         made.draw()
 
 
 def test_reading_with_guidance_a_bank_made_without_it_is_refused(patcher):
     characters = list(sampler(patcher, memory="bank", cfg=1.0).draw()[1].values())
-    with pytest.raises(ValueError, match=r"holds no tokens for the guidance part negative.0; make it with a cfg above 1"):
+    with pytest.raises(
+        ValueError, match=r"holds no tokens for the guidance part negative.0; make it with a cfg above 1"
+    ):
         recalled(patcher, characters).draw()
 
 
@@ -218,16 +269,23 @@ def test_transformers_remember_too(family):
     story = parse_script("[Ana] a fox", "[Ana] runs\n[Ana] sits\n[Ana] sleeps", id_count=2)
     positive = tiny.conditioning(family, 3, 1, marks={"storyweft_panels": (0, 1, 2), "storyweft_story": story})
     negative, latent = tiny.conditioning(family, 1, 2), {"samples": tiny.latent(family, 1)}
-    drawn = [StorySampler("StoryweftStorySampler", model, positive, negative, latent, replace(SETTINGS, memory=mode), None).draw()[0]
-             for mode in ("bank", "together")]
+    drawn = [
+        StorySampler(
+            "StoryweftStorySampler", model, positive, negative, latent, replace(SETTINGS, memory=mode), None
+        ).draw()[0]
+        for mode in ("bank", "together")
+    ]
     assert apart(*drawn) < 2e-5
 
 
-@pytest.mark.parametrize(("spoil", "sentence"), [
-    (lambda data: data[:len(data) // 2], "not a whole .safetensors file"),
-    (lambda data: b"version https://git-lfs.github.com/spec/v1", "not a whole .safetensors file"),
-    (lambda data: b"", "not a whole .safetensors file"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda data: data[: len(data) // 2], "not a whole .safetensors file"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1", "not a whole .safetensors file"),
+        (lambda data: b"", "not a whole .safetensors file"),
+    ],
+)
 def test_a_damaged_character_file_is_refused(patcher, tmp_path, spoil, sentence):
     path = tmp_path / "ana.safetensors"
     bank.save(sampler(patcher, memory="bank").draw()[1]["Ana"], str(path))
@@ -247,14 +305,28 @@ def test_a_character_with_values_that_are_not_numbers_is_refused(patcher, tmp_pa
 def test_conditioning_from_elsewhere_is_refused(patcher):
     model = override.register(patcher, ConsistentRule(OPTIONS, "output path"))
     with pytest.raises(ValueError, match="positive is not from StoryweftPanelConditioning"):
-        StorySampler("StoryweftStorySampler", model, tiny.conditioning("sd15", 2, 1), tiny.conditioning("sd15", 1, 2),
-                     {"samples": tiny.latent("sd15", 1)}, SETTINGS, None)
+        StorySampler(
+            "StoryweftStorySampler",
+            model,
+            tiny.conditioning("sd15", 2, 1),
+            tiny.conditioning("sd15", 1, 2),
+            {"samples": tiny.latent("sd15", 1)},
+            SETTINGS,
+            None,
+        )
 
 
 def test_a_model_without_the_block_is_refused(patcher):
     with pytest.raises(ValueError, match="model carries no StoryweftConsistentSelfAttention"):
-        StorySampler("StoryweftStorySampler", patcher, marked(range(COUNT)), tiny.conditioning("sd15", 1, 2),
-                     {"samples": tiny.latent("sd15", 1)}, SETTINGS, None)
+        StorySampler(
+            "StoryweftStorySampler",
+            patcher,
+            marked(range(COUNT)),
+            tiny.conditioning("sd15", 1, 2),
+            {"samples": tiny.latent("sd15", 1)},
+            SETTINGS,
+            None,
+        )
 
 
 def test_too_little_memory_for_a_bank_recomputes_or_says_so(patcher, monkeypatch):

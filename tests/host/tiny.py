@@ -1,4 +1,5 @@
 """Tiny random models in ComfyUI's own classes, one per family: small enough for a few sampler steps in a second."""
+
 import math
 from typing import NamedTuple
 
@@ -11,21 +12,51 @@ import comfy.supported_models as families
 import torch
 
 UNET = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
-    "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": 16,
-    "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None, "legacy": False,
-    "num_heads": 4, "num_head_channels": -1,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 16,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "legacy": False,
+    "num_heads": 4,
+    "num_head_channels": -1,
 }
-ADM = {"adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 16}
+ADM = {
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+    "use_linear_in_transformer": True,
+    "num_heads": -1,
+    "num_head_channels": 16,
+}
 VIDEO = {
-    "in_channels": 8, "model_channels": 64, "adm_in_channels": 768, "num_classes": "sequential", "use_temporal_attention": True,
-    "use_temporal_resblock": True, "extra_ff_mix_layer": True, "use_spatial_context": True, "merge_strategy": "learned_with_images",
-    "merge_factor": 0.0, "video_kernel_size": [3, 1, 1], "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True,
+    "in_channels": 8,
+    "model_channels": 64,
+    "adm_in_channels": 768,
+    "num_classes": "sequential",
+    "use_temporal_attention": True,
+    "use_temporal_resblock": True,
+    "extra_ff_mix_layer": True,
+    "use_spatial_context": True,
+    "merge_strategy": "learned_with_images",
+    "merge_factor": 0.0,
+    "video_kernel_size": [3, 1, 1],
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
 }
 
 
 class Family(NamedTuple):
     """How to build one family: class, config, text [tokens, width], pooled width, latent channels, frames (0 = pictures)."""
+
     config: type
     settings: dict
     text: tuple[int, int]
@@ -37,32 +68,140 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "sd15": Family(families.SD15, UNET, (7, 16)),
-    "sd2": Family(families.SD20, UNET | {"use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 16}, (7, 16)),
+    "sd2": Family(
+        families.SD20, UNET | {"use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 16}, (7, 16)
+    ),
     "sdxl": Family(families.SDXL, UNET | ADM, (7, 16), 1280),
     "svd": Family(families.SVD_img2vid, UNET | VIDEO, (1, 16)),
-    "wan": Family(families.WAN21_T2V, {
-        "image_model": "wan2.1", "model_type": "t2v", "dim": 96, "num_heads": 4, "num_layers": 4, "ffn_dim": 192, "freq_dim": 64,
-        "text_dim": 64, "in_dim": 16, "out_dim": 16, "patch_size": (1, 2, 2), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
-        "window_size": (-1, -1)}, (9, 64), 0, 16, 2),
-    "flux": Family(families.Flux, {
-        "image_model": "flux", "in_channels": 16, "vec_in_dim": 64, "context_in_dim": 64, "hidden_size": 96, "mlp_ratio": 4.0,
-        "num_heads": 4, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 10, 10], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-        "guidance_embed": True, "txt_ids_dims": [], "out_channels": 16}, (9, 64), 64, 16),
-    "sd3": Family(families.SD3, {
-        "in_channels": 16, "depth": 2, "adm_in_channels": 2048, "pos_embed_max_size": 64, "num_patches": 4096, "patch_size": 2,
-        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}}, "qk_norm": "rms",
-        "input_size": None}, (9, 64), 2048, 16),
-    "qwen_image": Family(families.QwenImage, {
-        "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 4, "attention_head_dim": 32,
-        "num_attention_heads": 4, "joint_attention_dim": 64, "axes_dims_rope": (8, 12, 12), "patch_size": 2}, (9, 64), 0, 16, 1),
-    "zimage": Family(families.ZImage, {
-        "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4,
-        "n_kv_heads": 4, "multiple_of": 64, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 64, "axes_dims": [16, 24, 24],
-        "axes_lens": [512, 512, 512], "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
-        "ffn_dim_multiplier": 1.0}, (9, 64), 0, 16),
-    "ltxv": Family(families.LTXV, {
-        "image_model": "ltxv", "in_channels": 128, "out_channels": 128, "cross_attention_dim": 96, "attention_head_dim": 24,
-        "num_attention_heads": 4, "caption_channels": 64, "num_layers": 4}, (9, 64), 0, 128, 2),
+    "wan": Family(
+        families.WAN21_T2V,
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 96,
+            "num_heads": 4,
+            "num_layers": 4,
+            "ffn_dim": 192,
+            "freq_dim": 64,
+            "text_dim": 64,
+            "in_dim": 16,
+            "out_dim": 16,
+            "patch_size": (1, 2, 2),
+            "qk_norm": True,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+            "window_size": (-1, -1),
+        },
+        (9, 64),
+        0,
+        16,
+        2,
+    ),
+    "flux": Family(
+        families.Flux,
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "vec_in_dim": 64,
+            "context_in_dim": 64,
+            "hidden_size": 96,
+            "mlp_ratio": 4.0,
+            "num_heads": 4,
+            "depth": 2,
+            "depth_single_blocks": 2,
+            "axes_dim": [4, 10, 10],
+            "theta": 10000,
+            "patch_size": 2,
+            "qkv_bias": True,
+            "guidance_embed": True,
+            "txt_ids_dims": [],
+            "out_channels": 16,
+        },
+        (9, 64),
+        64,
+        16,
+    ),
+    "sd3": Family(
+        families.SD3,
+        {
+            "in_channels": 16,
+            "depth": 2,
+            "adm_in_channels": 2048,
+            "pos_embed_max_size": 64,
+            "num_patches": 4096,
+            "patch_size": 2,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 64, "out_features": 128},
+            },
+            "qk_norm": "rms",
+            "input_size": None,
+        },
+        (9, 64),
+        2048,
+        16,
+    ),
+    "qwen_image": Family(
+        families.QwenImage,
+        {
+            "image_model": "qwen_image",
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 4,
+            "attention_head_dim": 32,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 64,
+            "axes_dims_rope": (8, 12, 12),
+            "patch_size": 2,
+        },
+        (9, 64),
+        0,
+        16,
+        1,
+    ),
+    "zimage": Family(
+        families.ZImage,
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 256,
+            "n_layers": 4,
+            "n_refiner_layers": 1,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "multiple_of": 64,
+            "norm_eps": 1e-5,
+            "qk_norm": True,
+            "cap_feat_dim": 64,
+            "axes_dims": [16, 24, 24],
+            "axes_lens": [512, 512, 512],
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+            "ffn_dim_multiplier": 1.0,
+        },
+        (9, 64),
+        0,
+        16,
+    ),
+    "ltxv": Family(
+        families.LTXV,
+        {
+            "image_model": "ltxv",
+            "in_channels": 128,
+            "out_channels": 128,
+            "cross_attention_dim": 96,
+            "attention_head_dim": 24,
+            "num_attention_heads": 4,
+            "caption_channels": 64,
+            "num_layers": 4,
+        },
+        (9, 64),
+        0,
+        128,
+        2,
+    ),
 }
 UNETS = ("sd15", "sd2", "sdxl")
 EXPERIMENTAL = ("wan", "flux", "sd3", "qwen_image", "zimage", "ltxv")
@@ -118,9 +257,33 @@ def latent(name: str, rows: int, size: tuple[int, int] = SIZE) -> torch.Tensor:
     return torch.zeros(rows, family.channels, *([family.frames] if family.frames else []), *size)
 
 
-def sample(patcher, positive, negative, start, steps=3, cfg=3.0, sampler="euler", scheduler="normal", seed=0, denoise=1.0, **more):
+def sample(
+    patcher,
+    positive,
+    negative,
+    start,
+    steps=3,
+    cfg=3.0,
+    sampler="euler",
+    scheduler="normal",
+    seed=0,
+    denoise=1.0,
+    **more,
+):
     """KSampler's own path; the noise of row i does not depend on how many rows there are."""
     noise = comfy.sample.prepare_noise(start, seed, list(range(len(start))))
     return comfy.sample.sample(
-        patcher, noise, steps, cfg, sampler, scheduler, positive, negative, start, denoise=denoise, disable_pbar=True, seed=seed, **more
+        patcher,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive,
+        negative,
+        start,
+        denoise=denoise,
+        disable_pbar=True,
+        seed=seed,
+        **more,
     )
