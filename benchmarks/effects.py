@@ -1,6 +1,6 @@
 """What Consistent Self-Attention does to pictures: four-panel stories off and on, read by the fact classifier.
 
-`make effects`, or `python benchmarks/effects.py --stories 64`. Every story has one kind of character in four places and
+`make effects`, or `python -m benchmarks.effects --stories 64`. Every story has one kind of character in four places and
 times and a fixed seed; it is sampled with core's own KSampler. Finished stories are kept in output/effects and not
 sampled again while models and settings stay the same. Writes docs/effects.md and docs/effects_sheet.jpg.
 """
@@ -8,7 +8,6 @@ sampled again while models and settings stay the same. Writes docs/effects.md an
 import argparse
 import hashlib
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -16,15 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import conftest  # noqa: E402, F401  loads the pack and ComfyUI
-from storyweft.host.demo import CHECKSUMS, WEIGHTS, load_demo, read_weights  # noqa: E402
-from storyweft.metrics.facts import Reading, load_reader, pair_agreement, read  # noqa: E402
-from storyweft.nodes.consistent import ConsistentSelfAttention  # noqa: E402
-from storyweft.training.storybook import KINDS, PLACES, TIMES, sample  # noqa: E402
+from . import pack
 
-import nodes  # noqa: E402
+from storyweft.host.demo import CHECKSUMS, WEIGHTS, load_demo, read_weights  # isort: skip
+from storyweft.metrics.facts import Reading, load_reader, pair_agreement, read  # isort: skip
+from storyweft.nodes.consistent import ConsistentSelfAttention  # isort: skip
+from storyweft.training.storybook import KINDS, PLACES, TIMES, sample  # isort: skip
+import nodes  # isort: skip
 
 PANELS, SHOWN = 4, 6
 CHECKED = ("kind", "place", "time")
@@ -233,13 +230,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder = ROOT / "output" / "effects"
+    folder = pack.ROOT / "output" / "effects"
     folder.mkdir(parents=True, exist_ok=True)
     results = run(args, folder)
     if args.parts > 1:
         return
     lines = report(args, results)
-    docs = ROOT / "docs"
+    docs = pack.ROOT / "docs"
     docs.mkdir(exist_ok=True)
     (docs / "effects.md").write_text("\n".join(lines) + "\n")
     sheet(folder, args.ratio, docs / "effects_sheet.jpg")

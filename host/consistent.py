@@ -75,6 +75,11 @@ class ConsistentRule:
         high, low = self.sigma_range
         return self.covers(layer) and low <= run.sigma <= high
 
+    def expected(self, run) -> bool:
+        """Whether this run shows a character at all; a run of [NC] panels has nothing to keep."""
+        entries = [entry for twins in run.entries.values() for entry in twins]
+        return any(self.names(entry, panel) for entry in entries for panel in entry.panels or (0,))
+
     def idle_reason(self, run) -> str:
         if run.latent_shape[0] < 2 and not self.characters:
             return "the batch holds one picture, so there is nobody to share with."

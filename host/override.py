@@ -2,7 +2,8 @@
 
 A rule is an object with: node_id; `start(run)` -> its state of the run; `begin(run)`, once the entries are known;
 `wants(layer, run)`; `attend(run, call, layout, q, k, v, attend)` -> [rows, heads, tokens, dim], or None to leave the
-call alone; `idle_reason(run)`. Rules act in the order they were added; two with one node_id are refused.
+call alone; `expected(run)`, whether it should have acted, and `idle_reason(run)`, why it did not. Rules act in the order
+they were added; two with one node_id are refused.
 """
 
 from collections import Counter

@@ -85,8 +85,9 @@ class Run:
                     )
 
     def finish(self) -> None:
+        """Say of every rule that never acted why, unless it had nobody to act on."""
         for rule in self.rules:
-            if not self.acted[rule]:
+            if not self.acted[rule] and rule.expected(self):
                 logging.warning(
                     "%s never acted on this run of %s: %s",
                     rule.node_id,

@@ -227,7 +227,7 @@ def consistent_story_sdxl() -> tuple[dict, str]:
     drawn = _sampler(graph, _block(graph, free())(), positive(), negative(), latent(), 3, 50, 5.0)
     _sheet(graph, drawn(), loader(2), script(), "consistent_story_sdxl", larger=1)
     return graph.nodes, (
-        "## Consistent story on SDXL\nThe authors' settings: DDIM, 50 steps, cfg 5, FreeU 1.1 / 1.2 / 0.6 / 0.4, half of the tokens shared. "
+        "## Consistent story on SDXL\nThe authors' settings: DDIM, 50 steps, cfg 5, FreeU 1.1 / 1.2 / 0.6 / 0.4, half the tokens shared. "
         "Choose your own SDXL checkpoint. Four panels of 1024 in one batch; with little memory use 768, or **Story Sampler** as in "
         "*long_story* with memory *recompute*."
     )

@@ -1,0 +1,167 @@
+"""The consistency nodes as a user meets them: refusals in one sentence, LoRA and ControlNet beside them."""
+import logging
+import math
+from dataclasses import replace
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import pytest
+import tiny
+import torch
+from storyweft.host.story_sampling import rows_of
+from storyweft.nodes.consistent import ConsistentSelfAttention, LoadCharacter, RecallCharacter, SaveCharacter
+from storyweft.nodes.sampler import StorySamplerNode, seeds_of
+from storyweft.story.script import parse_script
+
+STORY = parse_script("[Ana] a fox", "[Ana] runs\n[Ana] sits\n[Ana] sleeps", id_count=2)
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return tiny.build("sd15")
+
+
+def block(model, **changes):
+    return ConsistentSelfAttention.execute(model, **{"sampling_ratio": 0.5, "draw_seed": 0, "layers": "output path"} | changes).args[0]
+
+
+def positive(marks=True):
+    return tiny.conditioning(
+        "sd15", 3, 1, marks={"storyweft_panels": (0, 1, 2), "storyweft_story": STORY} if marks else None
+    )
+
+
+def story(model, **changes):
+    settings = {
+        "positive": positive(), "negative": tiny.conditioning("sd15", 1, 2), "latent_image": {"samples": tiny.latent("sd15", 1)},
+        "seed": 1, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "memory": "bank",
+        "keep_panels": False,
+    }
+    return StorySamplerNode.execute(model, **settings | changes)
+
+
+@pytest.mark.parametrize("name", ["sampling_ratio", "share_early", "share_late", "start_percent", "end_percent"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.5])
+def test_numbers_outside_0_to_1_are_refused(sd15, name, value):
+    with pytest.raises(ValueError, match=f"StoryweftConsistentSelfAttention: {name} is {value}; give a number from 0 to 1"):
+        block(sd15, **{name: value})
+
+
+def test_an_empty_range_is_refused(sd15):
+    with pytest.raises(ValueError, match=r"start_percent 0.8 lies after end_percent 0.2"):
+        block(sd15, start_percent=0.8, end_percent=0.2)
+
+
+def test_a_window_of_one_is_refused(sd15):
+    with pytest.raises(ValueError, match="window is 1"):
+        block(sd15, window=1)
+
+
+@pytest.mark.parametrize(("text", "line"), [("3", "3"), ("0: 5", "0: 5"), ("1: 2\nx: 3", "x: 3"), ("2: -1", "2: -1")])
+def test_a_wrong_panel_seed_line_is_quoted(text, line):
+    with pytest.raises(ValueError, match=f"panel_seeds has the line '{line}'"):
+        seeds_of(text)
+
+
+def test_a_panel_seed_for_a_panel_that_is_not_there_is_refused(sd15):
+    with pytest.raises(ValueError, match="panel_seeds names panel 9"):
+        story(block(sd15), panel_seeds="9: 1")
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"cfg": math.nan}, "cfg is nan"), ({"denoise": 0.0}, "denoise is 0.0"), ({"denoise": math.nan}, "denoise is nan"),
+    ({"latent_image": {"samples": torch.zeros(2, 4, 8, 12)}}, "latent_image holds 2 latents and the conditioning 3 panels"),
+    ({"positive": tiny.conditioning("sd15", 3, 1)}, "positive is not from StoryweftPanelConditioning"),
+])
+def test_story_sampler_refusals(sd15, change, sentence):
+    with pytest.raises(ValueError, match=f"StoryweftStorySampler: {sentence}"):
+        story(block(sd15), **change)
+
+
+def test_one_picture_alone_is_said_in_the_log(sd15, caplog):
+    with caplog.at_level(logging.WARNING):
+        tiny.sample(block(sd15), tiny.conditioning("sd15", 1, 1), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 1))
+    assert "never acted on this run of UNetModel: the batch holds one picture" in caplog.text
+
+
+def test_a_story_of_panels_without_character_needs_no_warning(sd15, caplog):
+    empty = parse_script("[Ana] a fox", "a tree\na hill\na lake", id_count=0)
+    marked = tiny.conditioning("sd15", 3, 1, marks={"storyweft_panels": (0, 1, 2), "storyweft_story": empty})
+    with caplog.at_level(logging.WARNING):
+        out = tiny.sample(block(sd15), marked, tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3))
+    assert "never acted" not in caplog.text
+    assert torch.equal(out, tiny.sample(sd15, marked, tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3)))
+
+
+def test_start_and_end_percent_bound_the_steps(sd15):
+    plain = tiny.sample(sd15, positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3), steps=6)
+    always = {"share_early": 1.0, "first_step": 0}
+    none = block(sd15, start_percent=1.0, end_percent=1.0, **always)
+    assert torch.equal(tiny.sample(none, positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3), steps=6), plain)
+    outs = [tiny.sample(block(sd15, end_percent=end, **always), positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3), steps=6)
+            for end in (0.4, 1.0)]
+    assert not torch.equal(outs[0], plain)
+    assert not torch.equal(outs[0], outs[1])
+
+
+def test_save_load_and_recall_through_the_nodes(sd15):
+    drawn = story(block(sd15)).args
+    files = SaveCharacter.execute(drawn[1], "test story").args[0].splitlines()
+    assert files[0].endswith("test_story_Ana.safetensors")
+    loaded = LoadCharacter.execute("test_story_Ana.safetensors").args[0]
+    model = RecallCharacter.execute(sd15, loaded).args[0]
+    later = story(model, positive=rows_of(positive(), [2], 3)).args[0]["samples"]
+    torch.testing.assert_close(later, drawn[0]["samples"][2:], atol=2e-3, rtol=1e-5)
+
+
+def test_recalling_a_character_twice_or_with_other_layers_is_refused(sd15):
+    character = story(block(sd15)).args[1]
+    model = RecallCharacter.execute(sd15, character).args[0]
+    with pytest.raises(ValueError, match="character 'Ana' is recalled twice"):
+        RecallCharacter.execute(model, character)
+    with pytest.raises(ValueError, match="was made with layers 'output path' and the model's block has 'all'"):
+        RecallCharacter.execute(block(sd15, layers="all"), character)
+
+
+def test_a_file_name_without_letters_is_refused(sd15):
+    with pytest.raises(ValueError, match="filename_prefix '///' holds no letter or digit"):
+        SaveCharacter.execute([replace(story(block(sd15)).args[1][0], name="")], "///")
+
+
+def lora(model):
+    patched = model.clone()
+    key = "diffusion_model.output_blocks.0.1.transformer_blocks.0.attn1.to_k.weight"
+    shape = sd15_weight(model).shape
+    patched.add_patches({key: (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.3,)}, 1.0)
+    return patched
+
+
+def sd15_weight(model):
+    return model.model.diffusion_model.output_blocks[0][1].transformer_blocks[0].attn1.to_k.weight
+
+
+def test_lora_before_or_after_the_block_is_the_same_and_is_seen(sd15):
+    inputs = positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3)
+    before, after = tiny.sample(block(lora(sd15)), *inputs), tiny.sample(lora(block(sd15)), *inputs)
+    assert torch.equal(before, after)
+    assert not torch.equal(before, tiny.sample(block(sd15), *inputs))
+
+
+def control_net(scale: float):
+    config = {key: value for key, value in tiny.UNET.items() if key not in ("out_channels", "transformer_depth_output", "legacy")}
+    with torch.inference_mode(False):
+        network = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config)
+        tiny.fill(network, 4)
+    network.train(False)
+    control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"), manual_cast_dtype=None)
+    hints = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(5))
+    return control.set_cond_hint(hints, scale)
+
+
+def test_a_control_net_acts_beside_the_block_and_hints_follow_their_panels(sd15):
+    conditioning = [[text, marks | {"control": control_net(0.5), "control_apply_to_uncond": True}] for text, marks in positive()]
+    plain = story(block(sd15)).args[0]["samples"]
+    bank = story(block(sd15), positive=conditioning).args[0]["samples"]
+    together = story(block(sd15), positive=conditioning, memory="together").args[0]["samples"]
+    assert (bank - plain).abs().max() > 1e-3
+    torch.testing.assert_close(bank, together, atol=5e-3, rtol=1e-4)
