@@ -198,7 +198,7 @@ def report(args, results: dict[str, list[dict[str, float]]]) -> list[str]:
     return [
         "# Effect of Consistent Self-Attention on the demo models",
         "",
-        f"`make effects`: {args.stories} stories of four panels, {args.steps} steps of dpmpp_2m, CFG {args.cfg}, seeds from 0.",
+        f"`make effects`: {args.stories} stories of four panels, {args.steps} steps of dpmpp_2m karras, CFG {args.cfg}.",
         "Agreement is the share of panel pairs of a story that the classifier reads as the same; identity is body colour",
         "and hat together. Kind, place and time are the share of panels that show what the prompt says. Spread is the",
         "standard deviation of the character's position and height over a story's panels, in picture units. In brackets:",

@@ -3,6 +3,7 @@
 Everything core does with a checkpoint's MODEL, CLIP, VAE and CLIP_VISION works on these unchanged. What is ours is the
 small autoencoder and the compact word table: one row per known token and one for all others.
 """
+
 import hashlib
 import json
 from pathlib import Path
@@ -26,16 +27,28 @@ from ..models.autoencoder import TinyAutoencoder
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 CHECKSUMS = "SHA256SUMS"
 PREDICTIONS = {"v": comfy.model_base.ModelType.V_PREDICTION, "eps": comfy.model_base.ModelType.EPS}
-TOKENS = 49408      # rows of the SD1 tokenizer's table
+TOKENS = 49408  # rows of the SD1 tokenizer's table
 # the smallest AutoencoderKL that comfy.sd.VAE can be built around before its network is exchanged
-STAND_IN = {"embed_dim": 4, "ddconfig": {
-    "double_z": True, "z_channels": 4, "resolution": 8, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1],
-    "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
-}}
+STAND_IN = {
+    "embed_dim": 4,
+    "ddconfig": {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 8,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    },
+}
 
 
 class DemoModel(comfy.supported_models.SD15):
     """SD1.5's model class with the sizes, prediction and latent scale that the weight files state."""
+
     unet_extra_config: ClassVar[dict] = {}
 
     def __init__(self, unet_config: dict, prediction: str, latent_format: comfy.latent_formats.LatentFormat):
@@ -105,7 +118,8 @@ def load_clip(folder: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         text = {key.removeprefix("text."): value for key, value in tensors.items() if key.startswith("text.text")}
         text["text_model.embeddings.token_embedding.weight"] = table
         clip = comfy.sd.CLIP(
-            ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel), disable_dynamic=disable_dynamic,
+            ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+            disable_dynamic=disable_dynamic,
             model_options={"clip_l_model_config": json.loads(metadata["text"]), "dtype": torch.float32},
         )
         clip.load_sd(text)
@@ -127,7 +141,9 @@ def load_vae(folder: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
         vae = comfy.sd.VAE(sd=stand_in, config={"params": STAND_IN}, dtype=torch.float32)
         vae.first_stage_model, vae.size = network, None
         vae.patcher = _patcher(disable_dynamic)(
-            network, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device(),
+            network,
+            load_device=vae.device,
+            offload_device=comfy.model_management.vae_offload_device(),
         )
         network.load_state_dict(tensors, assign=vae.patcher.is_dynamic())
         comfy.model_management.archive_model_dtypes(network)
@@ -144,7 +160,9 @@ def load_clip_vision(folder: str) -> comfy.clip_vision.ClipVisionModel:
     with torch.inference_mode(False):
         tensors, metadata = read_weights("clip", Path(folder))
         vision = comfy.clip_vision.ClipVisionModel(json.loads(metadata["vision"]))
-        vision.load_sd({key.removeprefix("vision."): value for key, value in tensors.items() if key.startswith("vision.")})
+        vision.load_sd(
+            {key.removeprefix("vision."): value for key, value in tensors.items() if key.startswith("vision.")}
+        )
         return vision
 
 

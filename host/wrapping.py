@@ -4,7 +4,7 @@ import unicodedata
 
 NOT_FIRST = set("、。，．・：；？！?!.,:;)]}」』】〕〉》）］｝’”…ー々ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ~〜%％")
 NOT_LAST = set("([{「『【〔〈《（［｛‘“")
-_UNITS = re.compile(r"\s+|\S+")
+_UNITS = r"\s+|\S+"
 
 
 def wrap(text: str, width: float, measure) -> list[str]:
@@ -42,7 +42,7 @@ def _fitting(word: str, width: float, measure) -> int:
 def _units(text: str) -> list[str]:
     """Pieces between which a line may break."""
     units = []
-    for piece in _UNITS.findall(text):
+    for piece in re.findall(_UNITS, text):
         start = 0
         for place in range(1, len(piece)):
             if not piece[0].isspace() and _breaks(piece[place - 1], piece[place]):

@@ -3,6 +3,7 @@
 A small convolutional classifier trained on the generator's own facts (training/facts.py), so that effects on sampled
 pictures can be counted. Its held-out accuracy and labels stand in the metadata of its weights.
 """
+
 import json
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -13,15 +14,16 @@ from torch.nn.functional import pixel_unshuffle
 
 
 class FactNet(nn.Module):
-    """Pictures [n, 3, 128, 128] in [0, 1] to logits per label group and a box [n, 4] (x0, y0, x1, y1) in picture units."""
+    """Pictures [n, 3, 128, 128] in [0, 1] to logits per label group and boxes [n, 4] in picture units."""
 
     def __init__(self, labels: dict[str, list[str]], width: int = 24):
         super().__init__()
         self.labels = labels
         sizes, layers = (48, width, 2 * width, 3 * width, 4 * width), []
         for index, (before, after) in enumerate(pairwise(sizes)):
-            layers += [nn.Conv2d(before, after, 3, stride=2 if index else 1, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        self.body = nn.Sequential(*layers)                                          # [n, 4 * width, 4, 4]
+            conv = nn.Conv2d(before, after, 3, stride=2 if index else 1, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
+        self.body = nn.Sequential(*layers)  # [n, 4 * width, 4, 4]
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(4 * width * 16, 96), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(96, len(words)) for name, words in labels.items()})
         self.box = nn.Linear(96, 4)
@@ -34,6 +36,7 @@ class FactNet(nn.Module):
 @dataclass(frozen=True)
 class Reading:
     """Recognised labels of one picture by group ("kind", "colour", "hat", "place", "time", "count") and its box."""
+
     labels: dict[str, str]
     box: tuple[float, ...]
 
@@ -45,7 +48,7 @@ class Reading:
 def load_reader(tensors: dict[str, Tensor], metadata: dict[str, str]) -> FactNet:
     """The classifier from the tensors and metadata of weights/facts.safetensors."""
     net = FactNet(**json.loads(metadata["config"])).train(False).requires_grad_(False)
-    net.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
+    net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
     return net
 
 

@@ -1,4 +1,5 @@
 """The demo models as a loader node."""
+
 from comfy_api.latest import io
 
 from ..host.demo import load_demo
@@ -14,9 +15,9 @@ class DemoLoader(io.ComfyNode):
             display_name="Demo Models (Storyweft)",
             category="Storyweft/Demo",
             description="The pack's own small models of a picture-book world, 128 x 128 pixels: no download needed. "
-                        "They know a fox, bear, rabbit, robot, owl, elephant, snail and dinosaur, in the forest, snow, "
-                        "city, desert or meadow or on the beach, by day, at sunset or at night. For other pictures put "
-                        "your checkpoint loader here.",
+            "They know a fox, bear, rabbit, robot, owl, elephant, snail and dinosaur, in the forest, snow, "
+            "city, desert or meadow or on the beach, by day, at sunset or at night. For other pictures put "
+            "your checkpoint loader here.",
             search_aliases=["demo checkpoint", "picture book", "tiny model", "storyweft demo"],
             inputs=[],
             outputs=[

@@ -106,7 +106,7 @@ class StoryweftPanelConditioning(io.ComfyNode):
         try:
             chosen = select_panels(story, panels)
         except SelectionError as error:
-            raise ValueError(f"{CONDITIONING_ID}: {error}") from error
+            raise ValueError(f"{CONDITIONING_ID}: panels is '{panels[:60]}': {error}") from error
         conditioning = encode_panels(clip, [story.panels[index].prompt for index in chosen], CONDITIONING_ID)
         marks = {"storyweft_panels": chosen, "storyweft_story": story}
         return io.NodeOutput([[cond, {**extras, **marks}] for cond, extras in conditioning], len(chosen))

@@ -18,7 +18,7 @@ MAX_LINE = 4000         # characters of one line
 MAX_PROMPT = 10_000     # characters of one prompt with its descriptions and style
 MAX_TEXT = 512 * 1024   # UTF-8 bytes of one input
 
-_TAG = re.compile(r"\[([^\[\]]*)\]")
+_TAG = r"\[([^\[\]]*)\]"
 
 
 class ScriptError(ValueError):
@@ -145,7 +145,7 @@ def _parse_characters(text: str) -> dict[str, Character]:
     for number, line in _lines(text):
         if line.startswith("#"):
             continue
-        tag = _TAG.match(line)
+        tag = re.match(_TAG, line)
         if tag is None:
             raise ScriptError("is not a character; write '[Name] description'", "characters", number, line)
         name, description = tag[1].strip(), line[tag.end():].strip()
@@ -173,7 +173,7 @@ def _parse_panel(index: int, number: int, line: str, cast: dict[str, Character],
             known = ", ".join(f"[{known}]" for known in (*cast, NO_CHARACTER))
             reason = f"the tag [{name}] is unknown; known are {known}; define it in characters or correct it"
             raise ScriptError(reason, "panels", number, line)
-    rest = _TAG.sub("", before)
+    rest = re.sub(_TAG, "", before)
     if "[" in rest or "]" in rest:
         raise ScriptError("has a bracket without its partner; write tags as [Name]", "panels", number, line)
     shown = tuple(dict.fromkeys(name for name in names if name != NO_CHARACTER))
@@ -205,12 +205,12 @@ def _id_panels(name: str, panels: tuple[Panel, ...], id_count: int) -> tuple[int
 
 
 def _tags(line: str) -> list[str]:
-    return [name.strip() for name in _TAG.findall(line.partition("#")[0])]
+    return [name.strip() for name in re.findall(_TAG, line.partition("#")[0])]
 
 
 def _replaced(text: str, words: dict[str, str]) -> str:
     """Text with each known tag replaced, [NC] dropped and other brackets left as they are."""
-    parts = _TAG.split(text)
+    parts = re.split(_TAG, text)
     for place in range(1, len(parts), 2):
         name = parts[place].strip()
         parts[place] = "" if name == NO_CHARACTER else words.get(name, f"[{parts[place]}]")

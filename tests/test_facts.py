@@ -1,4 +1,5 @@
 """The fact classifier: shapes, agreement of pairs, and that it reads pages of the world."""
+
 import json
 
 import numpy as np

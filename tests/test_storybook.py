@@ -1,4 +1,5 @@
 """The picture-book world: same seed same page, captions that never name the identity, facts that match the picture."""
+
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def test_box_holds_the_body_colour():
     """Most pixels of the body colour lie inside the box, and the box is full of them compared with the rest."""
     for kind in storybook.KINDS:
         drawn = page(5, "one", kind=kind, colour="purple", hat="none", place="beach", time="day")
-        near = (np.abs(drawn.image.astype(int) - storybook.COLOURS["purple"]).max(2) < 24)
+        near = np.abs(drawn.image.astype(int) - storybook.COLOURS["purple"]).max(2) < 24
         x0, y0, x1, y1 = (round(edge * storybook.SIZE) for edge in drawn.facts[0].box)
         inside = near[y0:y1, x0:x1].sum()
         assert inside > 40, kind

@@ -30,6 +30,8 @@ BUILD = """async ([api, note, name]) => {
     const depth = {};
     const of = id => depth[id] ??= 1 + Math.max(-1, ...Object.values(api[id].inputs).filter(Array.isArray).map(l => of(l[0])));
     const columns = [];
+    for (const node of app.graph.nodes)
+        for (const widget of node.widgets || []) if (widget.name === 'control_after_generate') widget.value = 'fixed';
     for (const node of app.graph.nodes) (columns[of(node.id)] ??= []).push(node);
     let x = 40;
     for (const column of columns) {

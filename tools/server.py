@@ -43,15 +43,17 @@ def prepare(base: Path) -> None:
 
 
 def wait(process: subprocess.Popen, port: int, log: Path) -> None:
-    """Until the server answers; Trouble with the end of its log when it has died."""
-    while True:
+    """Until the server answers; Trouble with the end of its log when it has died or says nothing for five minutes."""
+    for _ in range(600):
         if process.poll() is not None:
             tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
             raise Trouble(f"ComfyUI stopped while starting: {' '.join(tail) or 'no message'} (log: {log}).")
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=5).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=5).close()
+            return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.5)
+    raise Trouble(f"ComfyUI did not answer on port {port} for five minutes (log: {log}).")
 
 
 @contextlib.contextmanager

@@ -98,8 +98,8 @@ def test_start_and_end_percent_bound_the_steps(sd15):
     always = {"share_early": 1.0, "first_step": 0}
     none = block(sd15, start_percent=1.0, end_percent=1.0, **always)
     assert torch.equal(tiny.sample(none, positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3), steps=6), plain)
-    outs = [tiny.sample(block(sd15, end_percent=end, **always), positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3), steps=6)
-            for end in (0.4, 1.0)]
+    inputs = positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3)
+    outs = [tiny.sample(block(sd15, end_percent=end, **always), *inputs, steps=6) for end in (0.4, 1.0)]
     assert not torch.equal(outs[0], plain)
     assert not torch.equal(outs[0], outs[1])
 

@@ -1,4 +1,5 @@
 """The demo loader: core's own nodes work on its outputs, and a damaged file is named."""
+
 import shutil
 
 import numpy as np
@@ -24,12 +25,12 @@ def pages():
 
 def test_text_to_image_runs_through_core_nodes(loaded):
     model, clip, vae, _ = loaded
-    positive, = nodes.CLIPTextEncode().encode(clip, "a (fox:1.3) in the forest at night")
-    negative, = nodes.CLIPTextEncode().encode(clip, "")
-    latent, = nodes.EmptyLatentImage().generate(128, 128, 2)
+    (positive,) = nodes.CLIPTextEncode().encode(clip, "a (fox:1.3) in the forest at night")
+    (negative,) = nodes.CLIPTextEncode().encode(clip, "")
+    (latent,) = nodes.EmptyLatentImage().generate(128, 128, 2)
     with torch.inference_mode():
-        sampled, = nodes.KSampler().sample(model, 3, 2, 4.0, "euler", "normal", positive, negative, latent)
-        images, = nodes.VAEDecode().decode(vae, sampled)
+        (sampled,) = nodes.KSampler().sample(model, 3, 2, 4.0, "euler", "normal", positive, negative, latent)
+        (images,) = nodes.VAEDecode().decode(vae, sampled)
     assert images.shape == (2, 128, 128, 3) and images.isfinite().all()
     assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
 
@@ -63,7 +64,9 @@ def test_image_encoder_ranks_the_right_caption_first(loaded, pages):
     images, drawn = pages
     seen = vision.encode_image(images)["image_embeds"]
     project = clip.cond_stage_model.clip_l.transformer.text_projection
-    read = torch.cat([project(clip.encode_from_tokens(clip.tokenize(page.caption), return_pooled=True)[1]) for page in drawn])
+    read = torch.cat(
+        [project(clip.encode_from_tokens(clip.tokenize(page.caption), return_pooled=True)[1]) for page in drawn]
+    )
     scores = torch.nn.functional.normalize(seen, dim=1) @ torch.nn.functional.normalize(read, dim=1).T
     assert (scores.argmax(1) == torch.arange(len(drawn))).float().mean() >= 0.6
 

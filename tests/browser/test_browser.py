@@ -1,0 +1,79 @@
+"""The pack in ComfyUI's real page: workflows open, run and show their pictures, help pages open, errors are readable."""
+import json
+
+import pytest
+from serving import ROOT, RUNNABLE
+
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+OPEN = """async ([graph, name]) => {
+    await app.loadGraphData(graph, true, true, name);
+    return app.graph.nodes.filter(node => !LiteGraph.registered_node_types[node.type]).map(node => node.type);
+}"""
+QUEUE = """() => new Promise(async done => {
+    const ends = ['execution_success', 'execution_error', 'execution_interrupted'];
+    for (const end of ends) app.api.addEventListener(end, event => done([end, event.detail]), {once: true});
+    const queued = await app.queuePrompt(0, 1);
+    if (queued === false || Object.keys(app.lastNodeErrors || {}).length) done(['refused', app.lastNodeErrors]);
+})"""
+
+
+def open_workflow(page, name: str) -> None:
+    missing = page.evaluate(OPEN, [json.loads((ROOT / "workflows" / f"{name}.json").read_text()), name])
+    assert not missing
+
+
+def shown(page, screenshots, name: str) -> None:
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(2000)
+    page.screenshot(path=str(screenshots / f"{name}.png"))
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in RUNNABLE])
+def test_a_workflow_for_other_models_opens_without_missing_nodes(page, screenshots, name):
+    open_workflow(page, name)
+    shown(page, screenshots, name)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_workflow_runs_from_the_page_and_shows_its_pictures(page, screenshots, name):
+    open_workflow(page, name)
+    if name == "saved_character":       # its loader lists the file that long_story has just saved
+        page.evaluate("async () => { await app.refreshComboInNodes(); }")
+    kind, detail = page.evaluate(QUEUE)
+    assert kind == "execution_success", detail
+    images = page.evaluate("() => Object.values(app.nodeOutputs).flatMap(output => output.images || [])")
+    assert images
+    shown(page, screenshots, name)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_help_page_of_a_node_opens(page, node):
+    title = (ROOT / "web" / "docs" / f"{node}.md").read_text().splitlines()[0].removeprefix("# ")
+    page.evaluate("""async type => {
+        await app.loadGraphData({nodes: [], links: [], version: 0.4}, true, true, 'help');
+        const node = LiteGraph.createNode(type);
+        app.graph.add(node);
+        app.canvas.selectNode(node);
+        node.pos = [200, 200];
+        app.canvas.setDirty(true, true);
+    }""", node)
+    page.wait_for_selector('[data-testid="info-button"]', timeout=15000)
+    page.click('[data-testid="info-button"]')
+    page.wait_for_selector(f'h1:has-text("{title}")', timeout=15000)
+    page.keyboard.press("Escape")
+
+
+def test_a_bad_input_shows_its_sentence_in_the_page(page, screenshots):
+    open_workflow(page, "consistent_story")
+    page.evaluate("""() => {
+        const node = app.graph.nodes.find(node => node.type === 'StoryweftScript');
+        node.widgets.find(widget => widget.name === 'panels').value = '[Nobody] in the forest';
+    }""")
+    kind, detail = page.evaluate(QUEUE)
+    assert kind == "execution_error"
+    assert "Nobody" in detail["exception_message"]
+    page.click("text=View details", timeout=15000)
+    page.wait_for_timeout(2000)
+    page.screenshot(path=str(screenshots / "error.png"))
+    assert "StoryweftScript: panels, line 1" in page.content()
