@@ -3,5 +3,5 @@
 core.py         scaled dot-product attention as the default `attend`, head split and merge
 consistent.py   Consistent Self-Attention (StoryDiffusion, arXiv 2405.01434)
 
-Tensors are [rows, heads, tokens, dim]; `attend(q, k, v)` computes attention and keeps that layout.
+Tensors are [rows, heads, tokens, dim]; `attend(q, k, v, bias)` computes attention and keeps that layout.
 """

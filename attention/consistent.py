@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .core import Attend
 
@@ -65,22 +66,26 @@ def sampled_tokens(k: Tensor, v: Tensor, draw: Sequence[Tensor]) -> list[KeyValu
     return [(k[row, :, i], v[row, :, i]) for row, i in enumerate(index)]
 
 
-def consistent_attention(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[Sequence[KeyValue]], attend: Attend) -> Tensor:
+def consistent_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Sequence[Sequence[KeyValue]], attend: Attend, bias: Tensor | None = None
+) -> Tensor:
     """Attention of each row over its own tokens, all of them once, and the key-value pieces it may see.
 
     q [rows, heads, Q, dim]; k, v [rows, heads, K, dim]; seen[row] a list of pieces ([heads, n, dim], same), which must
-    not hold tokens of the row itself: they would weigh double. A row with no pieces gives plain attention.
-    Equation 2 and 3 of arXiv 2405.01434; returns [rows, heads, Q, dim].
+    not hold tokens of the row itself: they would weigh double. bias [rows, heads or 1, Q or 1, K] is added to the logits
+    of own tokens. A row with no pieces gives plain attention. Equation 2 and 3 of arXiv 2405.01434; returns
+    [rows, heads, Q, dim].
     """
     out = torch.empty_like(q)
     plain = [row for row, pieces in enumerate(seen) if not pieces]
     if plain:
-        out[plain] = attend(q[plain], k[plain], v[plain])
+        out[plain] = attend(q[plain], k[plain], v[plain], None if bias is None else bias[plain])
     for row, pieces in enumerate(seen):
         if pieces:
             keys = torch.cat([k[row], *(piece[0] for piece in pieces)], dim=1)
             values = torch.cat([v[row], *(piece[1] for piece in pieces)], dim=1)
-            out[row] = attend(q[row : row + 1], keys[None], values[None])[0]
+            longer = None if bias is None else pad(bias[row : row + 1], (0, keys.shape[1] - bias.shape[-1]))
+            out[row] = attend(q[row : row + 1], keys[None], values[None], longer)[0]
     return out
 
 

@@ -1,16 +1,16 @@
-"""Attention as an argument: every mechanism takes `attend(q, k, v)` on [rows, heads, tokens, dim]."""
+"""Attention as an argument: every mechanism takes `attend(q, k, v, bias)` on [rows, heads, tokens, dim]."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax(q kᵀ / √dim) v for q [rows, heads, Q, dim], k and v [rows, heads, K, dim]."""
-    return scaled_dot_product_attention(q, k, v)
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax(q kᵀ / √dim + bias) v for q [rows, heads, Q, dim], k and v [rows, heads, K, dim], bias of that shape."""
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -99,12 +99,15 @@ class ConsistentRule:
         if (image.start, image.stop) == (0, q.shape[2]):
             if self.options.window and len(layout.items) > self.options.window and not self.characters:
                 return self._windows(state, run, layout, q, k, v, attend)
-            return consistent_attention(q, k, v, seen, attend)
+            return consistent_attention(q, k, v, seen, attend, attend.bias)
         rest = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
         rest[image] = False
         out = torch.empty_like(q)
-        out[:, :, image] = consistent_attention(q[:, :, image], k, v, seen, attend)
-        out[:, :, rest] = attend(q[:, :, rest], k, v)
+        for part, pieces in ((~rest, seen), (rest, [[] for _ in seen])):  # text and references look at their own row only
+            bias = attend.bias
+            if bias is not None and bias.shape[2] > 1:
+                bias = bias[:, :, part]
+            out[:, :, part] = consistent_attention(q[:, :, part], k, v, pieces, attend, bias)
         return out
 
     def _share_live(self, state, run, call, layout: Layout, chunk: int, k: Tensor, v: Tensor, seen: list) -> None:

@@ -8,6 +8,7 @@ they were added; two with one node_id are refused.
 
 from collections import Counter
 
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -153,7 +154,7 @@ class Attention:
         q, k, v, *rest = args
         self.kwargs = dict(kwargs)
         self.heads = rest[0] if rest else self.kwargs.pop("heads")
-        self.mask = rest[1] if len(rest) > 1 else self.kwargs.pop("mask", None)
+        self.bias = self._bias(rest[1] if len(rest) > 1 else self.kwargs.pop("mask", None), q)
         self.four = self.kwargs.pop("skip_reshape", False)
         self.keep = self.kwargs.pop("skip_output_reshape", False)
         self.tensors = tuple(self._by_heads(x) for x in (q, k, v))
@@ -164,8 +165,20 @@ class Attention:
         # SD3 hands v as [rows, tokens, heads, dim] beside flat q and k
         return (x if x.ndim == 4 else x.unflatten(-1, (self.heads, -1))).transpose(1, 2)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.base(q, k, v, self.heads, skip_reshape=True, skip_output_reshape=True, **self.kwargs)
+    @staticmethod
+    def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
+        """The host's mask as something to add to logits, [rows, heads or 1, Q or 1, K]."""
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        if mask.ndim == 2:
+            mask = mask[None]
+        mask = mask if mask.ndim == 4 else mask[:, None]
+        return mask.expand(len(q), *mask.shape[1:])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.base(q, k, v, self.heads, mask=bias, skip_reshape=True, skip_output_reshape=True, **self.kwargs)
 
     def as_called(self, out: Tensor) -> Tensor:
         """[rows, heads, tokens, dim] in the form the host model waits for."""

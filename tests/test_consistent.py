@@ -123,7 +123,7 @@ def test_no_tensor_of_all_tokens_squared_is_made():
     q, k, v = (x.float() for x in qkv(rows, tokens))
     draw = torch.rand(rows, tokens, generator=torch.Generator().manual_seed(4)) < 0.5
     with Largest() as largest:
-        consistent_attention(q, k, v, others(k, v, draw), lambda q, k, v: torch.zeros_like(q))
+        consistent_attention(q, k, v, others(k, v, draw), lambda q, k, v, bias: torch.zeros_like(q))
     assert largest.numel < (rows * tokens) ** 2 / 100
 
 
@@ -167,3 +167,13 @@ def test_layers_share_at_the_published_rates_and_never_before_the_first_step():
 
 def test_one_rate_zero_never_shares():
     assert not any(share_layers(ConsistentOptions(rate=0, share_early=1.0), (5, 0), 10))
+
+
+def test_a_bias_acts_on_own_tokens_and_leaves_seen_ones_alone():
+    q, k, v = qkv()
+    seen = others(k, v, torch.ones(3, 12, dtype=torch.bool))
+    hidden = torch.zeros(3, 1, 1, 12, dtype=torch.float64)
+    hidden[..., 6:] = -1e9
+    got = consistent_attention(q, k, v, seen, attend, hidden)
+    keys, values = (torch.cat([x[0, :, :6], *(piece[i] for piece in seen[0])], 1)[None] for i, x in enumerate((k, v)))
+    torch.testing.assert_close(got[:1], attend(q[:1], keys, values), atol=1e-12, rtol=0)

