@@ -10,7 +10,7 @@ demo: env
 	@$(RUN) -m benchmarks.scores
 
 serve: env
-	@$(RUN) tools/server.py
+	@$(RUN) tools/serve.py
 
 env:
 	@$(PYTHON3) tools/environment.py

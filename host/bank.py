@@ -7,6 +7,7 @@ reading; transformers, whose keys carry positions, store keys and values.
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -84,6 +85,18 @@ def bytes_per_panel(rule, model, latent_shape: tuple[int, ...], steps: int) -> i
     shared = [rule.draws.share((step, 0), len(chosen)) for step in range(steps)]
     numbers = sum(sizes[layer] for share in shared for layer, yes in zip(chosen, share, strict=True) if yes)
     return round(rule.options.rate * numbers * model.model.get_dtype_inference().itemsize)
+
+
+def check_model(character: Character, model, node_id: str) -> None:
+    """Warn of another checkpoint; raise ValueError when the character's keys and values belong to the old one."""
+    if character.fingerprint == fingerprint(model):
+        return
+    if any(tensor.ndim == 4 for tensor in character.tensors.values()):
+        raise ValueError(
+            f"{node_id}: character '{character.name}' holds keys and values of another {character.family} checkpoint or other "
+            "LoRA strengths; make it again with this model."
+        )
+    logging.warning("%s: character '%s' was made with another checkpoint or other LoRAs.", node_id, character.name)
 
 
 def check_layers(character: Character, layers: str, node_id: str) -> None:

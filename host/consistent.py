@@ -83,6 +83,8 @@ class ConsistentRule:
     def idle_reason(self, run) -> str:
         if run.latent_shape[0] < 2 and not self.characters:
             return "the batch holds one picture, so there is nobody to share with."
+        if self.characters:
+            return f"no panel of it names a recalled character ({', '.join(self.characters)}), or no step lies in its range."
         return "no step of this run lies in its range, or its rates are 0."
 
     def attend(self, run, call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, attend) -> Tensor | None:

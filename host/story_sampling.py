@@ -124,10 +124,26 @@ class StorySampler:
         self.latent = self._latent(latent)
         self.mask = latent.get("noise_mask")
         self.characters = dict(self.rule.characters)
+        self._check_cast()
         unknown = [panel for panel in dict(settings.panel_seeds) if panel not in self.panels]
         if unknown:
             raise ValueError(
                 f"{node_id}: panel_seeds names panel {unknown[0] + 1}, and the conditioning has no such panel."
+            )
+
+    def _check_cast(self) -> None:
+        named = {name for panel in self.panels for name in self.story.panels[panel].characters}
+        spare = sorted(set(self.rule.characters) - named)
+        if spare:
+            raise ValueError(
+                f"{self.node_id}: the recalled character '{spare[0]}' is named by no panel; the panels name "
+                f"{', '.join(sorted(named)) or 'nobody'}."
+            )
+        unknown = sorted(name for name in named - set(self.rule.characters) if not self.story.id_panels.get(name))
+        if unknown:
+            raise ValueError(
+                f"{self.node_id}: character '{unknown[0]}' has no id panels and was not recalled, so nothing holds its "
+                "looks; set id_panels in StoryweftScript or add StoryweftRecallCharacter."
             )
 
     def _latent(self, latent: dict) -> Tensor:

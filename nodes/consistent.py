@@ -184,6 +184,7 @@ class RecallCharacter(io.ComfyNode):
     @classmethod
     def execute(cls, model, character) -> io.NodeOutput:
         for one in character:
+            bank.check_model(one, model, "StoryweftRecallCharacter")
             rule = next((rule for rule in override.rules_of(model) if isinstance(rule, ConsistentRule)), None)
             if rule is None:
                 model = override.register(model, ConsistentRule(one.options, one.layers, characters=[one]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import conformance_consistent  # noqa: E402
-import conftest  # noqa: E402, F401  (loads the pack and ComfyUI)
+import loading  # noqa: E402, F401  (loads the pack and ComfyUI)
 
 RUNNERS = {**conformance_consistent.RUNNERS}
 

@@ -10,7 +10,7 @@ import aiohttp
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-import server as tools_server  # noqa: E402
+import serve as tools_server  # noqa: E402
 
 RUNNABLE = ("consistent_story", "long_story", "two_characters", "saved_character")  # in this order: the last reads a saved file
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from loading import ROOT
 from safetensors import safe_open
 from storyweft.metrics.facts import FactNet, load_reader, pair_agreement, read
 

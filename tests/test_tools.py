@@ -5,11 +5,11 @@ import sys
 import tarfile
 
 import pytest
-from conftest import ROOT
+from loading import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import environment  # noqa: E402
-import server  # noqa: E402
+import serve  # noqa: E402
 
 
 @pytest.fixture()
@@ -52,7 +52,7 @@ def test_a_failing_step_gives_its_last_error_in_one_sentence(home):
         environment.run([sys.executable, "-c", script], "installing")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/somewhere/file"), environment.Trouble("port 8188 is busy")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/a/file"), environment.Trouble("port 8188 is busy")])
 def test_trouble_is_one_line_and_exit_status_1(home, error):
     with pytest.raises(SystemExit) as ended, environment.one_sentence():
         raise error
@@ -72,7 +72,7 @@ def test_a_busy_port_is_named(home):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(environment.Trouble, match=f"port {port} is busy .*; stop what uses it or set PORT to another number"):
-            server.check_port(port)
+            serve.check_port(port)
 
 
 def test_a_comfyui_path_without_comfyui_is_named(home, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import aiohttp  # noqa: E402
 from environment import ROOT, Trouble, one_sentence, say  # noqa: E402
-from server import free_port, running  # noqa: E402
+from serve import free_port, running  # noqa: E402
 
 WORKFLOW = ROOT / "workflows" / "api" / "consistent_story.json"
 OUTPUT = ROOT / "output"

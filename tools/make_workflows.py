@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from environment import ROOT, one_sentence, say  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
-from server import free_port, request, running  # noqa: E402
+from serve import free_port, request, running  # noqa: E402
 from workflow_sources import WORKFLOWS  # noqa: E402
 
 BROWSER = [

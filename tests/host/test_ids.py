@@ -5,7 +5,7 @@ import json
 
 import pytest
 from comfy_api.latest import io
-from conftest import ROOT
+from loading import ROOT
 from storyweft.nodes import StoryweftExtension
 
 NODES = asyncio.run(StoryweftExtension().get_node_list())

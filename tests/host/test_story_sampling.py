@@ -334,3 +334,28 @@ def test_too_little_memory_for_a_bank_recomputes_or_says_so(patcher, monkeypatch
     assert sampler(patcher, memory="auto").memory()[0] == "recompute"
     with pytest.raises(ValueError, match="set memory to recompute"):
         sampler(patcher, memory="bank").memory()
+
+
+def test_a_recalled_character_that_no_panel_names_is_refused(patcher):
+    characters = list(sampler(patcher, memory="bank").draw()[1].values())
+    with pytest.raises(ValueError, match=r"the recalled character 'Ben' is named by no panel; the panels name Ana"):
+        recalled(patcher, characters, panels=(6,))
+
+
+def test_a_character_without_id_panels_or_bank_is_refused(patcher):
+    story = parse_script("[Ana] a fox", "[Ana] runs\n[Ana] sits", id_count=0)
+    model = override.register(patcher, ConsistentRule(OPTIONS, "output path"))
+    positive = tiny.conditioning("sd15", 2, 1, marks={"storyweft_panels": (0, 1), "storyweft_story": story})
+    with pytest.raises(ValueError, match="character 'Ana' has no id panels and was not recalled"):
+        StorySampler("StoryweftStorySampler", model, positive, tiny.conditioning("sd15", 1, 2), {"samples": tiny.latent("sd15", 1)},
+                     SETTINGS, None)
+
+
+def test_another_checkpoint_reads_layer_inputs_but_not_keys_and_values(patcher, caplog):
+    character = sampler(patcher, memory="bank").draw()[1]["Ana"]
+    bank.check_model(character, tiny.build("sd15", seed=5), "StoryweftRecallCharacter")
+    assert "made with another checkpoint" in caplog.text
+    flux = tiny.build("flux")
+    keyed = replace(character, tensors={key: tensor.expand(2, 1, *tensor.shape) for key, tensor in character.tensors.items()})
+    with pytest.raises(ValueError, match="holds keys and values of another UNetModel checkpoint"):
+        bank.check_model(keyed, flux, "StoryweftRecallCharacter")
