@@ -67,6 +67,20 @@ class ConsistentRule:
             )
         for character in self.characters.values():
             bank.check(character, run, self.node_id)
+        if self.options.window:
+            self._check_window(run, entries)
+
+    def _check_window(self, run, entries) -> None:
+        if not run.family.picture_only:
+            raise ValueError(f"{self.node_id}: window is {self.options.window} and works on U-Nets only; set it to 0.")
+        for entry in entries:
+            panels = entry.panels or range(run.latent_shape[0])
+            alone = all(len(rows) == len(panels) for rows in self.cast(entry, list(panels)).values())
+            if self.characters or not alone:
+                raise ValueError(
+                    f"{self.node_id}: window is {self.options.window}, which needs one character that every panel of the batch "
+                    "defines; set it to 0, or id_panels to the number of panels and recall nobody."
+                )
 
     def covers(self, layer: Layer) -> bool:
         return layer.path in PATHS[self.layers]
@@ -99,7 +113,7 @@ class ConsistentRule:
             return None
         image = layout.image
         if (image.start, image.stop) == (0, q.shape[2]):
-            if self.options.window and len(layout.items) > self.options.window and not self.characters:
+            if self.options.window and len(layout.items) > self.options.window:
                 return self._windows(state, run, layout, q, k, v, attend)
             return consistent_attention(q, k, v, seen, attend, attend.bias)
         rest = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)

@@ -40,6 +40,8 @@ FORMS = {
 class TransformerFamily:
     """Layers of one transformer; the first half of its blocks counts as input path, the second as output path."""
 
+    picture_only = False
+
     def __init__(self, diffusion_model, form: Form):
         self.model_class = type(diffusion_model).__name__
         self.form = form

@@ -17,6 +17,8 @@ from .layout import Layer, Layout
 class UNetFamily:
     """Self-attention layers of one U-Net, in execution order, and the marks that find them."""
 
+    picture_only = True  # its self-attention holds the picture's tokens and nothing else
+
     def __init__(self, diffusion_model):
         self.model_class = type(diffusion_model).__name__
         self.modules = dict(_self_attention(diffusion_model))

@@ -250,3 +250,13 @@ def test_padding_that_a_family_masks_stays_masked():
     out = tiny.sample(model, positive, negative, tiny.latent("qwen_image", ROWS))
     assert apart(tiny.sample(model, other, negative, tiny.latent("qwen_image", ROWS)), out) < 2e-5
     assert apart(tiny.sample(patcher, positive, negative, tiny.latent("qwen_image", ROWS)), out) > 1e-4
+
+
+def test_a_window_that_cannot_act_is_refused(sd15):
+    windows = ConsistentOptions(window=2)
+    with pytest.raises(ValueError, match="window is 2 and works on U-Nets only"):
+        tiny.sample(shared(tiny.build("flux"), windows), *inputs("flux"))
+    story = parse_script("[Ana] a fox", "[Ana] one\n[Ana] two\n[NC] three", id_count=2)
+    positive = tiny.conditioning("sd15", 3, 1, marks={"storyweft_panels": (0, 1, 2), "storyweft_story": story})
+    with pytest.raises(ValueError, match="needs one character that every panel of the batch defines"):
+        tiny.sample(shared(sd15, windows), positive, *inputs("sd15")[1:])
