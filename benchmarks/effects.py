@@ -24,6 +24,22 @@ from storyweft.training.storybook import KINDS, PLACES, TIMES, sample  # isort: 
 import nodes  # isort: skip
 
 PANELS, SHOWN = 4, 6
+ALWAYS = {"share_early": 1.0, "share_late": 1.0, "first_step": 0}  # every layer shares from the first step on
+PUBLISHED, EVERY_STEP = "ratio 0.5, published", "ratio 0.5, every step"
+# setting -> what the block is given, None without it; the first four are run on all stories, the rest on fewer
+SETTINGS = {
+    "drawn by the generator (ceiling)": None,
+    "off": None,
+    PUBLISHED: {"sampling_ratio": 0.5},
+    EVERY_STEP: {"sampling_ratio": 0.5, **ALWAYS},
+    **{f"ratio {ratio}, every step": {"sampling_ratio": ratio, **ALWAYS} for ratio in (0.0, 0.3, 0.7, 1.0)},
+    **{
+        f"{EVERY_STEP}, {path}": {"sampling_ratio": 0.5, "layers": path, **ALWAYS}
+        for path in ("middle and output path", "all")
+    },
+    f"{PUBLISHED}, 50 steps": {"sampling_ratio": 0.5, "steps": 50},
+}
+MAIN = list(SETTINGS)[:4]
 CHECKED = ("kind", "place", "time")
 
 
@@ -48,28 +64,19 @@ class Studio:
         self.steps, self.cfg = steps, cfg
         self.negative = nodes.CLIPTextEncode().encode(self.clip, "")[0]
 
-    def variant(self, ratio: float | None, layers: str, index: int):
-        if ratio is None:
-            return self.model
-        return ConsistentSelfAttention.execute(self.model, ratio, index, layers).args[0]
-
-    def panels(self, model, index: int) -> torch.Tensor:
+    def panels(self, given: dict | None, index: int) -> torch.Tensor:
         """Pictures [4, 128, 128, 3] of a story."""
+        block = {"layers": "output path", **(given or {})}
+        steps, model = block.pop("steps", self.steps), self.model
+        if given:
+            model = ConsistentSelfAttention.execute(model, **block, draw_seed=index).args[0]
         rows = [nodes.CLIPTextEncode().encode(self.clip, prompt(panel))[0][0] for panel in story(index)]
         pooled = torch.cat([row[1]["pooled_output"] for row in rows])
         positive = [[torch.cat([row[0] for row in rows]), {"pooled_output": pooled}]]
         latent = {"samples": torch.zeros(PANELS, 4, 16, 16)}
         with torch.inference_mode():
             done = nodes.KSampler().sample(
-                model,
-                index,
-                self.steps,
-                self.cfg,
-                "dpmpp_2m",
-                "karras",
-                positive,
-                self.negative,
-                latent,
+                model, index, steps, self.cfg, "dpmpp_2m", "karras", positive, self.negative, latent
             )
             return self.vae.decode(done[0]["samples"])
 
@@ -107,32 +114,25 @@ def stamp(args) -> str:
 
 def run(args, folder: Path) -> dict[str, list[dict[str, float]]]:
     """Results per setting, one per story; unfinished ones are sampled now."""
-    studio, log = Studio(args.steps, args.cfg), folder / f"{stamp(args)}.jsonl"
+    studio, log = Studio(args.steps, args.cfg), folder / "results.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     known = {(line["setting"], line["story"]): line for line in lines}
-    few, published = min(args.sweep_stories, args.stories), "output path"
-    plan = [("drawn", None, published, args.stories), ("off", None, published, args.stories)]
-    plan += [(str(args.ratio), args.ratio, published, args.stories)]
-    plan += [(str(ratio), ratio, published, few) for ratio in args.sweep]
-    plan += [(f"{args.ratio}, {layers}", args.ratio, layers, few) for layers in args.layers]
-    results: dict[str, list] = {}
-    for name, ratio, layers, count in plan:
-        for index in range(count):
+    for name, given in SETTINGS.items():
+        for index in range(args.stories if name in MAIN else min(args.sweep_stories, args.stories)):
             start = time.time()
-            if (name, index) not in known and index % args.parts == args.part:
-                if name == "drawn":
-                    images = studio.drawn(index)
-                else:
-                    images = studio.panels(studio.variant(ratio, layers, index), index)
-                known[name, index] = {"setting": name, "story": index, **studio.judge(images, index)}
-                if index < SHOWN:
-                    strip = images.mul(255).round().byte().numpy()
-                    Image.fromarray(np.concatenate(list(strip), 1)).save(folder / f"{name}_{index}.png")
-                with log.open("a") as file:
-                    file.write(json.dumps(known[name, index]) + "\n")
-                print(f"{name}: story {index + 1}/{count}, {time.time() - start:.1f} s", flush=True)
-        results[name] = [known[name, index] for index in range(count) if (name, index) in known]
-    return results
+            if (name, index) in known or index % args.parts != args.part:
+                continue
+            ceiling = name == MAIN[0]
+            images = studio.drawn(index) if ceiling else studio.panels(given, index)
+            known[name, index] = {"setting": name, "story": index, **studio.judge(images, index)}
+            if index < SHOWN:
+                strip = np.concatenate(list(images.mul(255).round().byte().numpy()), 1)
+                Image.fromarray(strip).save(folder / f"{name}_{index}.png")
+            with log.open("a") as file:
+                file.write(json.dumps(known[name, index]) + "\n")
+            print(f"{name}: story {index + 1}, {time.time() - start:.1f} s", flush=True)
+    found = {name: [line for (setting, _), line in sorted(known.items()) if setting == name] for name in SETTINGS}
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def interval(values) -> str:
@@ -144,7 +144,6 @@ def interval(values) -> str:
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> list[str]:
-    names = {"drawn": "drawn by the generator (ceiling)", "off": "off"}
     columns = {
         "same_identity": "same identity",
         "same_colour": "same colour",
@@ -158,15 +157,15 @@ def table(results: dict[str, list[dict[str, float]]]) -> list[str]:
     lines = ["| setting | stories | " + " | ".join(columns.values()) + " |", "|---|---|" + "---|" * len(columns)]
     for name, rows in results.items():
         cells = [interval([row[key] for row in rows]) for key in columns]
-        lines.append(f"| {names.get(name, f'sampling ratio {name}')} | {len(rows)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def verdict(results: dict[str, list[dict[str, float]]], ratio: float) -> list[str]:
+def verdict(results: dict[str, list[dict[str, float]]], setting: str) -> list[str]:
     """The aims in words, each reached or missed."""
     off, on = (
         {key: float(np.mean([row[key] for row in results[name]])) for key in ("same_identity", *CHECKED)}
-        for name in ("off", str(ratio))
+        for name in ("off", setting)
     )
     before, after = off["same_identity"], on["same_identity"]
     lost = max(off[key] - on[key] for key in CHECKED)
@@ -175,21 +174,23 @@ def verdict(results: dict[str, list[dict[str, float]]], ratio: float) -> list[st
         (after >= 0.8, f"identity agreement reaches 0.8: {after:.2f}"),
         (lost <= 0.03, f"no text fact loses more than 3 points: greatest loss {100 * lost:.1f} points"),
     ]
-    aims += [
-        (off[key] >= 0.9, f"{key} is right in at least 90 % of the panels without sharing: {100 * off[key]:.1f} %")
-        for key in CHECKED
-    ]
     return [f"- {'reached' if met else 'MISSED'}: {words}" for met, words in aims]
 
 
-def sheet(folder: Path, ratio: float, path: Path) -> None:
-    """Stories below each other, four panels off on the left, four on on the right."""
+def text_aims(rows: list[dict[str, float]]) -> list[str]:
+    means = {key: float(np.mean([row[key] for row in rows])) for key in CHECKED}
+    return [
+        f"- {'reached' if mean >= 0.9 else 'MISSED'}: {key} is right in at least 90 % of the panels: {100 * mean:.1f} %"
+        for key, mean in means.items()
+    ]
+
+
+def sheet(folder: Path, path: Path) -> None:
+    """Stories below each other; from left to right four panels off, published, and with sharing at every step."""
     rows = []
-    for index in range(SHOWN):
-        strips = [folder / f"{name}_{index}.png" for name in ("off", ratio)]
-        if all(strip.exists() for strip in strips):
-            off, on = (np.asarray(Image.open(strip)) for strip in strips)
-            rows.append(np.concatenate([off, np.full((len(off), 16, 3), 255, np.uint8), on], 1))
+    for index in range(len(list(folder.glob(f"{EVERY_STEP}_*.png")))):
+        strips = [np.asarray(Image.open(folder / f"{name}_{index}.png")) for name in MAIN[1:]]
+        rows.append(np.concatenate([np.pad(one, ((0, 6), (0, 16), (0, 0)), constant_values=255) for one in strips], 1))
     Image.fromarray(np.concatenate(rows)).save(path, quality=88)
 
 
@@ -206,21 +207,28 @@ def report(args, results: dict[str, list[dict[str, float]]]) -> list[str]:
         "",
         *table(results),
         "",
-        *verdict(results, args.ratio),
+        "Off:",
+        "",
+        *text_aims(results["off"]),
+        "",
+        f"{PUBLISHED} (share 0.7 / 0.9, from the second step):",
+        "",
+        *verdict(results, PUBLISHED),
+        "",
+        f"{EVERY_STEP} (share 1.0, from the first step):",
+        "",
+        *verdict(results, EVERY_STEP),
         "",
         f"The classifier's own accuracy on held-out pages through the autoencoder: {json.dumps(held)}.",
         "",
-        "![off on the left, on on the right](effects_sheet.jpg)",
+        "![off, published, sharing at every step](effects_sheet.jpg)",
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stories", type=int, default=64, help="stories off and on")
-    parser.add_argument("--sweep-stories", type=int, default=16, help="stories for each other sampling ratio")
-    parser.add_argument("--ratio", type=float, default=0.5, help="sampling ratio of the main comparison")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[0.0, 0.3, 0.7, 1.0], help="other sampling ratios")
-    parser.add_argument("--layers", nargs="*", default=["all"], help="other layer choices to try at --ratio")
+    parser.add_argument("--stories", type=int, default=64, help="stories of the main settings")
+    parser.add_argument("--sweep-stories", type=int, default=16, help="stories of the other settings")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=2)
@@ -230,7 +238,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder = pack.ROOT / "output" / "effects"
+    folder = pack.ROOT / "output" / "effects" / stamp(args)
     folder.mkdir(parents=True, exist_ok=True)
     results = run(args, folder)
     if args.parts > 1:
@@ -239,7 +247,7 @@ def main() -> None:
     docs = pack.ROOT / "docs"
     docs.mkdir(exist_ok=True)
     (docs / "effects.md").write_text("\n".join(lines) + "\n")
-    sheet(folder, args.ratio, docs / "effects_sheet.jpg")
+    sheet(folder, docs / "effects_sheet.jpg")
     print("\n".join(lines[8:]))
 
 

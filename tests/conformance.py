@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import loading  # noqa: E402, F401  isort: skip  (loads the pack and ComfyUI, which the runners import)
 import conformance_consistent  # noqa: E402
-import loading  # noqa: E402, F401  (loads the pack and ComfyUI)
 
 RUNNERS = {**conformance_consistent.RUNNERS}
 
