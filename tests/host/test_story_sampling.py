@@ -107,8 +107,8 @@ def test_a_character_is_kept_apart_from_the_other(patcher):
     second.positive = marked(range(COUNT), other)
     second.positive[0][0][2:4] += 30.0
     a, b = first.draw()[0], second.draw()[0]
-    assert apart(a[[0, 1, 5, 6]], b[[0, 1, 5, 6]]) < 2e-5
-    assert apart(a[4], b[4]) > 2e-5
+    assert apart(a[[0, 1, 5, 6]], b[[0, 1, 5, 6]]) < 1e-6
+    assert apart(a[4], b[4]) > 5e-6
 
 
 def test_bank_memory_in_ram_does_not_grow_with_the_story(patcher):
