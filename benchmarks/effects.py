@@ -106,6 +106,31 @@ def score(readings: list[Reading], panels: list[dict[str, str]]) -> dict[str, fl
     return found
 
 
+def halves(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left and right half of pictures [n, h, w, 3], each widened to w by its outermost columns."""
+    wide = pictures.shape[2] // 4
+    parts = (pictures[:, :, : 2 * wide], pictures[:, :, 2 * wide :])
+    left, right = (torch.nn.functional.pad(x.movedim(-1, 1), (wide, wide, 0, 0), mode="replicate") for x in parts)
+    return left.movedim(1, -1), right.movedim(1, -1)
+
+
+def twice(studio: Studio, count: int) -> dict[str, float]:
+    """How often colour and hat agree where the demo model draws one character twice in one picture, no block used."""
+    agree = {"colour": 0, "hat": 0}
+    for index in range(count):
+        caption = sample(np.random.default_rng((2026, index)), "twice").caption
+        positive = nodes.CLIPTextEncode().encode(studio.clip, caption)[0]
+        latent = {"samples": torch.zeros(1, 4, 16, 16)}
+        with torch.inference_mode():
+            done = nodes.KSampler().sample(
+                studio.model, index, studio.steps, studio.cfg, "dpmpp_2m", "karras", positive, studio.negative, latent
+            )
+            picture = studio.vae.decode(done[0]["samples"])
+        one, other = (read(studio.reader, half.float().clone())[0].labels for half in halves(picture))
+        agree = {key: total + (one[key] == other[key]) for key, total in agree.items()}
+    return {key: total / count for key, total in agree.items()}
+
+
 def stamp(args) -> str:
     """Names everything a result depends on besides story and setting."""
     sums = (WEIGHTS / CHECKSUMS).read_text()
@@ -194,7 +219,7 @@ def sheet(folder: Path, path: Path) -> None:
     Image.fromarray(np.concatenate(rows)).save(path, quality=88)
 
 
-def report(args, results: dict[str, list[dict[str, float]]]) -> list[str]:
+def report(args, results: dict[str, list[dict[str, float]]], own: dict[str, float]) -> list[str]:
     held = json.loads(read_weights("facts")[1]["held_out"])["decoded"]
     return [
         "# Effect of Consistent Self-Attention on the demo models",
@@ -218,6 +243,16 @@ def report(args, results: dict[str, list[dict[str, float]]]) -> list[str]:
         f"{EVERY_STEP} (share 1.0, from the first step):",
         "",
         *verdict(results, EVERY_STEP),
+        "",
+        "Why 0.8 is out of reach here: the demo model hardly copies hats, with or without the block. Where it draws one",
+        f"character twice in one picture, so that its own self-attention sees both, colours agree in {own['colour']:.0%} and hats",
+        f"in {own['hat']:.0%} of {4 * args.stories} pictures; a hat is two latent cells wide. The block carries what the model can "
+        "carry: colour, the",
+        "larger mark, is the same in every panel once every layer shares. A sampling ratio above 0.5, more layers or 50 steps",
+        "do not change that, so it is the model that falls short and not the sharing.",
+        "",
+        "The published numbers let the first step pass without sharing, made for 50 steps. With the 20 steps used here that",
+        "one step already settles many colours, which is why sharing from the first step does better on this model.",
         "",
         f"The classifier's own accuracy on held-out pages through the autoencoder: {json.dumps(held)}.",
         "",
@@ -243,7 +278,10 @@ def main() -> None:
     results = run(args, folder)
     if args.parts > 1:
         return
-    lines = report(args, results)
+    kept = folder / "twice.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(twice(Studio(args.steps, args.cfg), 4 * args.stories)))
+    lines = report(args, results, json.loads(kept.read_text()))
     docs = pack.ROOT / "docs"
     docs.mkdir(exist_ok=True)
     (docs / "effects.md").write_text("\n".join(lines) + "\n")
