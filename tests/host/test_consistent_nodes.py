@@ -61,6 +61,20 @@ def test_a_window_of_one_is_refused(sd15):
         block(sd15, window=1)
 
 
+def test_a_unet_without_self_attention_is_refused_when_the_block_is_put_on_it(monkeypatch):
+    bare = tiny.UNET | {"transformer_depth": [0, 0], "transformer_depth_output": [0, 0, 0, 0], "transformer_depth_middle": -1}
+    monkeypatch.setitem(tiny.FAMILIES, "bare", tiny.FAMILIES["sd15"]._replace(settings=bare))
+    with pytest.raises(ValueError, match="StoryweftConsistentSelfAttention: .*no self-attention"):
+        block(tiny.build("bare"))
+
+
+def test_a_choice_of_layers_that_a_model_does_not_have_is_refused(monkeypatch):
+    bare = tiny.UNET | {"transformer_depth_output": [0, 0, 0, 0]}
+    monkeypatch.setitem(tiny.FAMILIES, "bare", tiny.FAMILIES["sd15"]._replace(settings=bare))
+    with pytest.raises(ValueError, match="StoryweftConsistentSelfAttention: layers is 'output path'"):
+        block(tiny.build("bare"))
+
+
 @pytest.mark.parametrize(("text", "line"), [
     ("3", "3"), ("0: 5", "0: 5"), ("1: 2\nx: 3", "x: 3"), ("2: -1", "2: -1"), ("2: 1\n2: 3", "2: 3"), (f"1: {2**64}", f"1: {2**64}"),
 ])
