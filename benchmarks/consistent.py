@@ -16,7 +16,8 @@ import torch
 
 from . import pack  # noqa: F401
 
-from storyweft.attention.consistent import ConsistentOptions, consistent_attention, sampled_tokens  # isort: skip
+from storyweft.attention.consistent import ConsistentOptions, sampled_tokens  # isort: skip
+from storyweft.attention.joined import joined_attention  # isort: skip
 from storyweft.attention.core import attend  # isort: skip
 
 HEADS, DIM = 10, 64
@@ -31,7 +32,7 @@ def inputs(panels: int, tokens: int):
 
 def gathered(q, k, v, draw):
     pieces = sampled_tokens(k, v, draw)
-    return consistent_attention(q, k, v, [pieces[:row] + pieces[row + 1 :] for row in range(len(q))], attend)
+    return joined_attention(q, k, v, [pieces[:row] + pieces[row + 1 :] for row in range(len(q))], attend)
 
 
 def masked(q, k, v, draw):

@@ -9,6 +9,7 @@ different token length meet at one length like this:
   that read the attention mask (LTXV, Qwen-Image) do not notice. The others (Wan, Flux, SD3, Z-Image) see what a longer
   minimum length would give them: nothing new for Wan up to 512 tokens and Flux up to 256.
 """
+
 import math
 
 import comfy.model_management
@@ -106,7 +107,7 @@ def _stack(rows: list[list], join_rows, node_id: str) -> list:
     extras = [dict(extra) for _, extra in rows]
     if any(MASK in extra for extra in extras):
         for cond, extra in zip(conds, extras, strict=True):
-            if extra.get(MASK) is None:     # encoders leave a mask out when nothing in it is masked
+            if extra.get(MASK) is None:  # encoders leave a mask out when nothing in it is masked
                 extra[MASK] = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)
     lengths = sorted({cond.shape[1] for cond in conds})
     if len(lengths) > 1:

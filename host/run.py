@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 from .layout import Entry, Layer
+from .plan import Divisions
 
 
 def enclosing_step(sigmas: list[float], sigma: float) -> int:
@@ -31,6 +32,7 @@ class Run:
         self.acted: Counter = Counter()
         self.reached: set[Layer] = set()  # layers whose attention came past the override
         self.bypassed: dict[Layer, str] = {}  # layers answered by somebody else's replace patch
+        self.divisions = Divisions()
         self._visits: Counter = Counter()
         self.state = {rule: rule.start(self) for rule in rules}
 
@@ -52,7 +54,7 @@ class Run:
         marked = next((cond for _, _, cond in listed if "storyweft_panels" in cond), {})
         for role, index, cond in listed:
             marks = cond if "storyweft_panels" in cond else marked  # a negative shows the panels of the positive
-            entry = Entry(role, index, marks.get("storyweft_panels"), marks.get("storyweft_story"))
+            entry = Entry(role, index, marks.get("storyweft_panels"), marks.get("storyweft_story"), cond)
             self.entries.setdefault(cond["uuid"], []).append(entry)
         if self.first_evaluation:
             for rule in self.rules:
@@ -73,14 +75,14 @@ class Run:
     def end_evaluation(self) -> None:
         if not self.reached and not self.bypassed:
             raise RuntimeError(
-                f"Storyweft: no self-attention of {self.family.model_class} came past the attention override, so "
+                f"Storyweft: no attention of {self.family.model_class} came past the attention override, so "
                 f"{self.names} cannot act; another pack replaced the override or the model runs its own attention."
             )
         for rule in self.rules:
             for layer, owner in self.bypassed.items():
                 if layer not in self.reached and rule.wants(layer, self):
                     raise RuntimeError(
-                        f"{rule.node_id}: {layer} is answered by the attn1 replace patch {owner}, which leaves the "
+                        f"{rule.node_id}: {layer} is answered by the replace patch {owner}, which leaves the "
                         "attention override out; remove that node or choose layers it does not cover."
                     )
 

@@ -6,7 +6,7 @@ shared, and only picture tokens look at what others share.
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .layout import Layer, Layout
 
@@ -48,13 +48,16 @@ class TransformerFamily:
         self.width = operator.attrgetter(form.width)(diffusion_model)
         sizes = [(kind, len(operator.attrgetter(name)(diffusion_model))) for name, kind in form.blocks]
         total = sum(size for _, size in sizes)
-        self.layers, self.by_block = [], {}
+        self.layers, self.cross_layers, self.time_layers, self.by_block = [], [], (), {}
         for kind, size in sizes:
             for index in range(size):
                 ordinal = len(self.layers)
                 layer = Layer("input" if ordinal < total // 2 else "output", index, 0, ordinal)
                 self.layers.append(layer)
                 self.by_block[kind, index] = layer
+                if form.order == "apart":
+                    self.cross_layers.append(replace(layer, kind="cross"))
+        self.kinds = {"self", "cross"} if form.order == "apart" else {"self"}
 
     def sizes(self, latent_shape: tuple[int, ...]) -> dict[Layer, int]:
         """Numbers in the keys and values of one row of each layer, for latents [rows, channels, (frames,) h, w]."""
@@ -76,16 +79,18 @@ class TransformerFamily:
     def locate(self, call, args: tuple, kwargs: dict) -> Layout | None:
         q, k = args[0], args[1]
         tokens = q.shape[2] if kwargs.get("skip_reshape") else q.shape[1]
+        keys = k.shape[1] if k.ndim == 3 else k.shape[2]
         grid = self._grid(call.shape)
         image = self._image(call, tokens, math.prod(grid))
-        if (
-            image is None
-            or q.shape[0] != len(call.entries) * len(call.items)
-            or tokens != k.shape[1 if k.ndim == 3 else 2]
-        ):
+        if image is None or q.shape[0] != len(call.entries) * len(call.items):
             return None
-        layer = self._layer(call, kwargs["transformer_options"], tokens)
-        return None if layer is None else Layout(call.entries, call.items, layer, grid, image)
+        layer = self._layer(call, kwargs["transformer_options"], tokens, keys)
+        if layer is None:
+            return None
+        text = slice(0, image.start) if self.form.order != "apart" else None
+        if layer.kind == "cross":
+            text = slice(0, keys)
+        return Layout(call.entries, call.items, layer, grid, image, text)
 
     def _image(self, call, tokens: int, count: int) -> slice | None:
         if self.form.order == "joint":
@@ -98,16 +103,19 @@ class TransformerFamily:
             start = tokens - count if call.kwargs.get("reference_latent") is not None else 0  # Wan puts it first
         return slice(start, start + count) if tokens >= start + count else None
 
-    def _layer(self, call, options: dict, tokens: int) -> Layer | None:
-        """The layer of a call with the right shape: the first such call of a block is its self-attention."""
+    def _layer(self, call, options: dict, tokens: int, keys: int) -> Layer | None:
+        """The layer of a call: in a block self-attention comes first, then, on models of order "apart", the prompt."""
+        apart = self.form.order == "apart"
+        if tokens != keys and not (apart and keys == call.text.shape[1]):
+            return None
         if self.form.indexed:
-            block = (options["block_type"], options["block_index"]) if "block_index" in options else None
-            call.count[block] += 1
-            return self.by_block.get(block) if call.count[block] == 1 else None
-        index = call.count["calls"]
-        call.count["calls"] += 1
-        if self.form.order == "apart" and call.text.shape[1] == tokens:  # cross-attention has the same shape
-            index, odd = divmod(index, 2)
-            if odd:
-                return None
-        return self.layers[index] if index < len(self.layers) else None
+            layer = self.by_block.get((options.get("block_type"), options.get("block_index")))
+            visit = call.count[layer]
+            call.count[layer] += 1
+        else:
+            index, visit = divmod(call.count["calls"], 2 if apart else 1)
+            call.count["calls"] += 1
+            layer = self.layers[index] if index < len(self.layers) else None
+        if layer is None or visit > apart:
+            return None
+        return self.cross_layers[layer.ordinal] if visit else layer
