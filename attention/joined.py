@@ -13,7 +13,8 @@ from torch import Tensor
 from .core import Attend
 from .masked import ANY, Constraint, Divide, masked_attention, partition
 
-GATHERED = 8 * 2**20  # bytes of keys and values that one call gathers, as far as one head allows
+GATHERED = 4 * 2**20  # bytes of keys and values that one call on a CPU gathers, as far as one head allows
+ON_DEVICE = 16  # times as many elsewhere: a GPU wants few and large kernels
 
 
 class Piece(NamedTuple):
@@ -33,9 +34,9 @@ class Piece(NamedTuple):
     def count(self) -> int:
         return self.k.shape[1] if self.index is None else len(self.index)
 
-    def tokens(self, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Keys and values [heads, count, dim]."""
-        return tuple(x[heads] if self.index is None else x[heads].index_select(1, self.index) for x in (self.k, self.v))
+    def tokens(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
+        """The piece's tokens [heads, count, dim] of x, its k or its v."""
+        return x[heads] if self.index is None else x[heads].index_select(1, self.index)
 
     def labels(self, constraint: Constraint) -> Tensor:
         if self.source is None:
@@ -95,11 +96,12 @@ def _one_row(out, q, k, v, row: int, pieces, attend: Attend, bias, constraints) 
             for c in constraints
         ]
         parts = partition(labelled, 1, q.device)
-    step = max(1, GATHERED // (length * (k.shape[3] + v.shape[3]) * k.element_size()))
+    limit = GATHERED if k.device.type == "cpu" else ON_DEVICE * GATHERED
+    step = max(1, limit // (length * (k.shape[3] + v.shape[3]) * k.element_size()))
     for start in range(0, q.shape[1], step):
         heads = slice(start, start + step)
-        gathered = [(k[row, heads], v[row, heads]), *(piece.tokens(heads) for piece in pieces)]
-        keys, values = (torch.cat(tokens, dim=1)[None] for tokens in zip(*gathered, strict=True))
+        keys = torch.cat([k[row, heads], *(piece.tokens(piece.k, heads) for piece in pieces)], dim=1)[None]
+        values = torch.cat([v[row, heads], *(piece.tokens(piece.v, heads) for piece in pieces)], dim=1)[None]
         queries = q[row : row + 1, heads]
         mask = longer if longer is None or longer.shape[1] == 1 else longer[:, heads]
         if parts is None:

@@ -141,7 +141,11 @@ class ConsistentRule(Rule):
                 key = bank.slot(run.evaluation, layout.layer, entry)
                 for row, draw, piece in zip(written, draws, pieces, strict=True):
                     inputs = run.family.inputs(call)
-                    kept = torch.stack(piece.tokens()) if inputs is None else inputs[row, draw.to(device)]
+                    kept = (
+                        inputs[row, draw.to(device)]
+                        if inputs is not None
+                        else torch.stack([piece.tokens(x) for x in piece[:2]])
+                    )
                     self.recorder.add(name, key, kept)
 
     def _read_banks(self, run, layout: Layout, chunk: int, q: Tensor, seen: list) -> None:

@@ -176,6 +176,6 @@ def test_a_bias_acts_on_own_tokens_and_leaves_seen_ones_alone():
     hidden[..., 6:] = -1e9
     got = joined_attention(q, k, v, seen, attend, hidden)
     keys, values = (
-        torch.cat([x[0, :, :6], *(piece.tokens()[i] for piece in seen[0])], 1)[None] for i, x in enumerate((k, v))
+        torch.cat([x[0, :, :6], *(piece.tokens(piece[i]) for piece in seen[0])], 1)[None] for i, x in enumerate((k, v))
     )
     torch.testing.assert_close(got[:1], attend(q[:1], keys, values), atol=1e-12, rtol=0)
