@@ -4,4 +4,10 @@ layout.py       which row is which panel, which token is where: what a rule is t
 run.py          state of one sampling run, made in an outer wrapper and dropped at its end
 override.py     one wrapper set and one chained attention override per MODEL; blocks register rules
 families.py     model class -> where its self-attention is and how its tokens lie
+unet.py, transformer.py     the two kinds of families
+consistent.py, bank.py      Consistent Self-Attention as a rule; the characters it remembers
+story_sampling.py, panel_store.py, digest.py    a story drawn panel by panel; finished panels on disk, by content
+prompts.py      one conditioning row per panel
+sheet.py, fonts.py, wrapping.py     pictures and captions on one sheet
+demo.py         the demo models in the host's classes
 """

@@ -5,21 +5,20 @@ pairs of step and layer that share are kept; the authors keep all. U-Nets store 
 reading; transformers, whose keys carry positions, store keys and values.
 """
 
-import hashlib
 import json
 import logging
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-import comfy.utils
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..attention.consistent import ConsistentOptions
 from . import families
+from .digest import Digest, fingerprint
 from .layout import Entry, Layer
 
 FORMAT = "storyweft-character-1"
@@ -46,6 +45,16 @@ class Character:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @cached_property
+    def digest(self) -> str:
+        """Hash of what a panel that reads this character depends on."""
+        digest = Digest()
+        digest.feed([self.options, self.layers, self.sigmas, self.fingerprint])
+        for key, tensor in sorted(self.tensors.items()):
+            digest.feed(key)
+            digest.feed_weight(tensor)
+        return digest.text
+
+    @cached_property
     def entry_keys(self) -> set[str]:
         return {key.split(".", 3)[3] for key in self.tensors}
 
@@ -65,16 +74,6 @@ class Recorder:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         return {key: torch.cat(pieces, dim=-2) for key, pieces in self.pieces.get(name, {}).items()}
-
-
-def fingerprint(model) -> str:
-    """Hash of a MODEL's class, weights (a few values of each) and LoRA strengths; equal models give equal text."""
-    digest = hashlib.sha256(type(model.model.diffusion_model).__name__.encode())
-    for key, parts in sorted(model.get_key_patches("diffusion_model.").items()):
-        weight, patches = parts[0][0], parts[1:]
-        digest.update(f"{key}{tuple(weight.shape)}{[patch[0] for patch in patches]}".encode())
-        digest.update(weight.flatten()[:8].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def bytes_per_panel(rule, model, latent_shape: tuple[int, ...], steps: int) -> int:
@@ -115,6 +114,7 @@ def check(character: Character, run, node_id: str) -> None:
         raise ValueError(
             f"{who} was made with a {character.family} model and cannot be read by {run.family.model_class}."
         )
+    _check_widths(character, run, who)
     if character.latent_size != run.latent_shape[2:]:
         raise ValueError(
             f"{who} was made with latents of {character.latent_size} and this run has {run.latent_shape[2:]}; "
@@ -128,6 +128,21 @@ def check(character: Character, run, node_id: str) -> None:
             f"{who} was made with {len(character.sigmas) - 1} steps from sigma {character.sigmas[0]:.4g} and this run has "
             f"{len(run.sigmas) - 1} from {run.sigmas[0]:.4g}; use the same steps, scheduler and denoise."
         )
+
+
+def _check_widths(character: Character, run, who: str) -> None:
+    """SD1.5 and SDXL are one model class: layer inputs must have the channels of this model's layers."""
+    if not run.family.picture_only:
+        return
+    widths = {layer.ordinal: module.to_k.in_features for layer, module in run.family.modules.items()}
+    for key, tensor in character.tensors.items():
+        ordinal = int(key.split(".")[2])
+        if widths.get(ordinal) != tensor.shape[-1]:
+            found = f"{widths[ordinal]} channels there" if ordinal in widths else f"only {len(widths)} of them"
+            raise ValueError(
+                f"{who} was made with {tensor.shape[-1]} channels in self-attention layer {ordinal} and this "
+                f"{run.family.model_class} has {found}; use the kind of model it was made with."
+            )
 
 
 def check_entry(character: Character, entry: Entry, node_id: str) -> None:
@@ -166,18 +181,25 @@ def save(character: Character, path: str) -> None:
 
 def load(path: str) -> Character:
     """Read a character file. Raises ValueError when it is cut off, not a character, or holds NaN."""
-    name = os.path.basename(path)
+    who = f"StoryweftLoadCharacter: '{os.path.basename(path)}'"
     try:
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"StoryweftLoadCharacter: '{name}' is not a whole .safetensors file ({error}).") from error
-    if (metadata or {}).get("format") != FORMAT:
-        raise ValueError(f"StoryweftLoadCharacter: '{name}' is not a character saved by StoryweftSaveCharacter.")
+        raise ValueError(f"{who} is not a whole .safetensors file ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{who} is not a character saved by StoryweftSaveCharacter.")
     bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
     if bad is not None:
-        raise ValueError(
-            f"StoryweftLoadCharacter: '{name}' holds values that are not numbers (tensor {bad}); make it again."
-        )
+        raise ValueError(f"{who} holds values that are not numbers (tensor {bad}); make it again.")
+    try:
+        return _character(metadata, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{who} was written by another version of the pack or changed by hand ({error}); make it again.") from error
+
+
+def _character(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Character:
     return Character(
         metadata["name"],
         metadata["description"],

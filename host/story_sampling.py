@@ -2,7 +2,7 @@
 
 Three ways to remember a character, equal in result: "bank" keeps its sampled tokens in RAM, "recompute" draws its id
 panels along with each later pass, "together" draws the whole story as one batch. A finished panel is stored at once
-and taken from there when the same panel is asked for again.
+and taken from there when the same panel is asked for again; then its character's bank is made only if something reads it.
 """
 
 import logging
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import bank, override
 from .consistent import ConsistentRule
-from .panel_store import PanelStore
+from .digest import Digest, feed_model, fingerprint
+from .panel_store import FORMAT, PanelStore
 
 MODES = ("auto", "bank", "recompute", "together")
 
@@ -107,23 +108,36 @@ def rule_of(model, node_id: str) -> ConsistentRule:
 
 
 class StorySampler:
-    """Draws a story with one MODEL; `positive` is one conditioning with a row per panel, marked by its panel numbers."""
+    """Draws a story with one MODEL; `positive` is one conditioning with a row per panel, marked by its panel numbers.
+
+    `wanted`: somebody reads the characters, so that their banks are made even when every panel is stored.
+    """
 
     def __init__(
-        self, node_id: str, model, positive, negative, latent: dict, settings: Settings, store: PanelStore | None
+        self,
+        node_id: str,
+        model,
+        positive,
+        negative,
+        latent: dict,
+        settings: Settings,
+        store: PanelStore | None,
+        wanted: bool = False,
     ):
         marks = positive[0][1] if positive else {}
         if "storyweft_panels" not in marks:
             raise ValueError(
                 f"{node_id}: positive is not from StoryweftPanelConditioning, so its panels are unknown; use that node."
             )
-        self.node_id, self.model, self.settings, self.store = node_id, model, settings, store
+        self.node_id, self.model, self.settings, self.store, self.wanted = node_id, model, settings, store, wanted
         self.rule = rule_of(model, node_id)
         self.story, self.panels = marks["storyweft_story"], marks["storyweft_panels"]
         self.positive, self.negative = positive, negative
         self.latent = self._latent(latent)
         self.mask = latent.get("noise_mask")
         self.characters = dict(self.rule.characters)
+        self.fingerprint = fingerprint(model)
+        self._keys: dict[int, str | None] = {}
         self._check_cast()
         unknown = [panel for panel in dict(settings.panel_seeds) if panel not in self.panels]
         if unknown:
@@ -168,12 +182,18 @@ class StorySampler:
         needed = self.bank_bytes()
         free = comfy.model_management.get_free_memory(torch.device("cpu"))
         mode = self.settings.memory
+        if self.wanted and mode in ("recompute", "together"):
+            raise ValueError(
+                f"{self.node_id}: memory is '{mode}', which keeps no character, and the output character is connected; set "
+                "memory to bank, or disconnect the output."
+            )
         if mode == "auto":
-            mode = "bank" if needed < free / 2 else "recompute"
+            mode = "bank" if self.wanted or needed < free / 2 else "recompute"
         if mode == "bank" and needed > free:
+            instead = "disconnect the output character" if self.wanted else "set memory to recompute"
             raise ValueError(
                 f"{self.node_id}: the bank would need about {needed / 2**20:.0f} MiB of RAM and {free / 2**20:.0f} MiB are free; "
-                "set memory to recompute, or lower sampling_ratio, id_panels or the picture size."
+                f"{instead}, or lower sampling_ratio, id_panels or the picture size."
             )
         return mode, f"bank estimate {needed / 2**20:.1f} MiB, {free / 2**20:.0f} MiB of RAM free: memory {mode}"
 
@@ -186,57 +206,66 @@ class StorySampler:
         progress = comfy.utils.ProgressBar(total)
         lines = [report]
         for number, part in enumerate(passes):
-            stored = (
-                {}
-                if mode == "bank" and part.writes is not None and self._needed(part.writes, passes)
-                else self._stored(part)
-            )
-            if len(stored) < len(part.kept):
-                try:
-                    stored = self._run(part, mode, progress, number * self.settings.steps)
-                except (ValueError, RuntimeError) as error:
-                    if done and not isinstance(error, comfy.model_management.OOM_EXCEPTION):
-                        raise RuntimeError(self._failure(part, done, error)) from error
-                    raise
-                lines.append(f"drew {_numbers(part.panels)}")
-            else:
+            if self._has(part) and not (mode == "bank" and self._bank_needed(part, passes)):
+                done |= {panel: self.store.get(self._key(panel)) for panel in part.kept}
                 lines.append(f"kept {_numbers(part.kept)} from an earlier run")
-            done |= stored
+            else:
+                done |= self._drawn(part, mode, progress, number * self.settings.steps, done)
+                lines.append(f"drew {_numbers(part.panels)}")
             progress.update_absolute((number + 1) * self.settings.steps, total)
+        lines += [f"not kept for later runs: {self._unknown()}"] if self._unknown() else []
         return torch.stack([done[panel] for panel in self.panels]), self.characters, "\n".join(lines)
 
+    def _drawn(self, part: Pass, mode: str, progress, begun: int, done: dict) -> dict[int, Tensor]:
+        """Run a pass; an error after finished panels says what became of those."""
+        try:
+            return self._run(part, mode, progress, begun)
+        except (ValueError, RuntimeError) as error:
+            if done and not isinstance(error, comfy.model_management.OOM_EXCEPTION):
+                raise RuntimeError(self._failure(part, done, error)) from error
+            raise
+
     def _failure(self, part: Pass, done: dict, error: Exception) -> str:
-        kept = (
-            f"{_numbers(tuple(sorted(done)))} kept and will not be drawn again" if self.store else "keep_panels is off"
-        )
+        kept = f"{_numbers(tuple(sorted(done)))} kept and will not be drawn again"
+        if self.store is None:
+            kept = "keep_panels is off"
+        elif self._unknown():
+            kept = f"no panel kept: {self._unknown()}"
         return f"{self.node_id}: drawing {_numbers(part.panels)} failed: {error} ({kept})"
 
-    def _needed(self, name: str, passes: list[Pass]) -> bool:
-        """Whether a later pass that is not stored yet reads the character."""
-        later = (panel for part in passes for panel in part.kept if part.writes is None and not self._has(part))
-        return any(name in self.story.panels[panel].characters for panel in later)
+    def _unknown(self) -> str:
+        """Why panels cannot be kept, or nothing."""
+        found = sorted(self.store.unknown) if self.store is not None else []
+        return f"the content of {', '.join(found)} on the model or the conditioning cannot be told apart" if found else ""
+
+    def _bank_needed(self, part: Pass, passes: list[Pass]) -> bool:
+        """Whether a pass defines a character that the output or a later pass, not stored yet, reads."""
+        if part.writes is None:
+            return False
+        later = (panel for one in passes if one.writes is None and not self._has(one) for panel in one.kept)
+        return self.wanted or any(part.writes in self.story.panels[panel].characters for panel in later)
 
     def _has(self, part: Pass) -> bool:
-        return len(self._stored(part)) == len(part.kept)
+        return self.store is not None and all(self.store.has(self._key(panel)) for panel in part.kept)
 
-    def _stored(self, part: Pass) -> dict[int, Tensor]:
-        if self.store is None:
-            return {}
-        found = {panel: self.store.get(self._key(panel)) for panel in part.kept}
-        return {panel: latent for panel, latent in found.items() if latent is not None}
+    def _key(self, panel: int) -> str | None:
+        if panel not in self._keys:
+            self._keys[panel] = self.store.key(self._digest(panel))
+        return self._keys[panel]
 
-    def _key(self, panel: int) -> str:
-        """What decides a panel: model, rule, settings, its own conditioning and noise, and those of the panels it reads."""
+    def _digest(self, panel: int) -> Digest:
+        """What decides a panel: model, rules, settings, its own conditioning and noise, and those of the panels it reads."""
         shown = self.story.panels[panel].characters
         read = sorted({i for name in shown for i in self.story.id_panels.get(name, ()) if i in self.panels} | {panel})
         rows = [self.panels.index(i) for i in read]
-        banks = [
-            (name, c.fingerprint, c.sigmas, len(c.tensors)) for name, c in self.rule.characters.items() if name in shown
-        ]
         s = self.settings
-        numbers = (s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise, [(i, self._seed(i)) for i in read], panel)
-        parts = [rows_of(self.positive, rows, len(self.panels)), self.negative, self.latent[rows], self.mask]
-        return self.store.key(numbers, (self.rule.options, self.rule.layers, self.rule.sigma_range), banks, parts)
+        digest = Digest()
+        digest.feed([FORMAT, self.fingerprint])
+        digest.feed([s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise, [(i, self._seed(i)) for i in read], panel])
+        digest.feed([(name, character.digest) for name, character in self.rule.characters.items() if name in shown])
+        feed_model(digest, override.replace(self.model, self.rule, self.rule.changed(characters=())))
+        digest.feed([rows_of(self.positive, rows, len(self.panels)), self.negative, self.latent[rows], self.mask])
+        return digest
 
     def _seed(self, panel: int) -> int:
         return dict(self.settings.panel_seeds).get(panel, self.settings.seed)
@@ -280,7 +309,7 @@ class StorySampler:
             self._remember(part.writes, recorder, len(part.panels), samples.shape)
         drawn = {panel: samples[i] for i, panel in enumerate(part.panels) if panel in part.kept}
         for panel, latent in drawn.items():
-            if self.store is not None:
+            if self.store is not None and self._key(panel) is not None:
                 self.store.put(self._key(panel), latent)
         return drawn
 
@@ -308,7 +337,7 @@ class StorySampler:
             tuple(sigmas.tolist()),
             tuple(shape[2:]),
             type(self.model.model.diffusion_model).__name__,
-            bank.fingerprint(self.model),
+            self.fingerprint,
             panels,
             recorder.tensors(name),
         )

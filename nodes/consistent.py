@@ -183,7 +183,7 @@ class RecallCharacter(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, character) -> io.NodeOutput:
-        for one in character:
+        for one in some("StoryweftRecallCharacter", character):
             bank.check_model(one, model, "StoryweftRecallCharacter")
             rule = next((rule for rule in override.rules_of(model) if isinstance(rule, ConsistentRule)), None)
             if rule is None:
@@ -196,6 +196,16 @@ class RecallCharacter(io.ComfyNode):
             bank.check_layers(one, rule.layers, "StoryweftRecallCharacter")
             model = override.replace(model, rule, rule.changed(characters=[*rule.characters.values(), one]))
         return io.NodeOutput(model)
+
+
+def some(node_id: str, characters: tuple) -> tuple:
+    """`characters` if there are any; ValueError otherwise."""
+    if not characters:
+        raise ValueError(
+            f"{node_id}: character is empty, because the Story Sampler that ran made no bank; set its memory to bank and change "
+            "any of its inputs, so that it runs again."
+        )
+    return characters
 
 
 def character_folder() -> str:
@@ -226,9 +236,8 @@ class SaveCharacter(io.ComfyNode):
 
     @classmethod
     def execute(cls, character, filename_prefix) -> io.NodeOutput:
-        os.makedirs(character_folder(), exist_ok=True)
-        files = []
-        for one in character:
+        paths = {}
+        for one in some("StoryweftSaveCharacter", character):
             stem = "_".join(part for part in (filename_prefix, one.name) if part)
             safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in stem)
             if not safe.strip("_"):
@@ -236,9 +245,16 @@ class SaveCharacter(io.ComfyNode):
                     f"StoryweftSaveCharacter: filename_prefix '{filename_prefix}' holds no letter or digit."
                 )
             path = os.path.join(character_folder(), f"{safe}.safetensors")
+            if path in paths:
+                raise ValueError(
+                    f"StoryweftSaveCharacter: characters '{paths[path].name}' and '{one.name}' would both be written to "
+                    f"{safe}.safetensors; rename one of them."
+                )
+            paths[path] = one
+        os.makedirs(character_folder(), exist_ok=True)
+        for path, one in paths.items():
             bank.save(one, path)
-            files.append(path)
-        return io.NodeOutput("\n".join(files))
+        return io.NodeOutput("\n".join(paths))
 
 
 class LoadCharacter(io.ComfyNode):
@@ -270,5 +286,6 @@ class LoadCharacter(io.ComfyNode):
 
 
 folder_paths.add_model_folder_path(FOLDER, character_folder())
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # else half-written files would be listed
 
 NODES = [ConsistentSelfAttention, RecallCharacter, SaveCharacter, LoadCharacter]

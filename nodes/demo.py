@@ -12,7 +12,7 @@ class DemoLoader(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="StoryweftDemoLoader",
-            display_name="Demo Models (Storyweft)",
+            display_name="Demo Loader",
             category="Storyweft/Demo",
             description="The pack's own small models of a picture-book world, 128 x 128 pixels: no download needed. "
             "They know a fox, bear, rabbit, robot, owl, elephant, snail and dinosaur, in the forest, snow, "

@@ -4,12 +4,12 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..host import bank
 from ..host.panel_store import PanelStore
 from ..host.story_sampling import MODES, Settings, StorySampler
 
 Character = io.Custom("STORYWEFT_CHARACTER")
 NODE_ID = "StoryweftStorySampler"
+CHARACTER = 1  # place of that output
 
 
 def seeds_of(text: str) -> tuple[tuple[int, int], ...]:
@@ -19,12 +19,23 @@ def seeds_of(text: str) -> tuple[tuple[int, int], ...]:
         if not line.strip():
             continue
         panel, _, seed = line.partition(":")
+        what = f"{NODE_ID}: panel_seeds has the line '{line.strip()[:80]}'"
         if not (panel.strip().isdecimal() and seed.strip().isdecimal() and int(panel) >= 1):
-            raise ValueError(
-                f"{NODE_ID}: panel_seeds has the line '{line.strip()[:80]}'; write it as 'panel: seed', such as '3: 1234'."
-            )
-        pairs[int(panel) - 1] = int(seed) % 2**64
+            raise ValueError(f"{what}; write it as 'panel: seed', such as '3: 1234'.")
+        if int(seed) >= 2**64:
+            raise ValueError(f"{what}; seeds end at {2**64 - 1}.")
+        if int(panel) - 1 in pairs:
+            raise ValueError(f"{what}, and another line for panel {int(panel)}; keep one of them.")
+        pairs[int(panel) - 1] = int(seed)
     return tuple(pairs.items())
+
+
+def is_read(hidden, output: int) -> bool:
+    """Whether an output of the running node is connected; False outside a graph."""
+    if hidden is None or hidden.dynprompt is None:
+        return False
+    nodes = map(hidden.dynprompt.get_node, hidden.dynprompt.all_node_ids())
+    return any([hidden.unique_id, output] == link for node in nodes for link in node["inputs"].values())
 
 
 class StorySamplerNode(io.ComfyNode):
@@ -123,6 +134,7 @@ class StorySamplerNode(io.ComfyNode):
                 ),
                 io.String.Output("report", tooltip="Memory estimate and what was drawn or kept."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -150,9 +162,9 @@ class StorySamplerNode(io.ComfyNode):
         settings = Settings(
             seed, steps, cfg, sampler_name, scheduler, denoise, memory, panels_at_once, seeds_of(panel_seeds)
         )
-        store = PanelStore(bank.fingerprint(model)) if keep_panels else None
+        store = PanelStore() if keep_panels else None
         samples, characters, report = StorySampler(
-            NODE_ID, model, positive, negative, latent_image, settings, store
+            NODE_ID, model, positive, negative, latent_image, settings, store, is_read(cls.hidden, CHARACTER)
         ).draw()
         latent = {
             key: value

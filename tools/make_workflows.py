@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from environment import ROOT, one_sentence, say  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
-from serve import free_port, request, running  # noqa: E402
+from serve import free_port, running  # noqa: E402
 from workflow_sources import WORKFLOWS  # noqa: E402
 
 BROWSER = [
@@ -23,34 +23,32 @@ BROWSER = [
     "--disable-background-networking",
     "--disable-component-update",
 ]
+HEIGHT = 1180  # of a column of nodes, so that a whole graph fits a window at a size where titles can be read
 READY = """() => window.app?.vueAppReady && window.app?.extensionManager
     && Object.keys(window.LiteGraph?.registered_node_types || {}).length > 100"""
-BUILD = """async ([api, note, name]) => {
+BUILD = """async ([api, text, name, HEIGHT]) => {
     await app.loadApiJson(api, name);
     const depth = {};
     const of = id => depth[id] ??= 1 + Math.max(-1, ...Object.values(api[id].inputs).filter(Array.isArray).map(l => of(l[0])));
-    const columns = [];
-    for (const node of app.graph.nodes)
+    const note = LiteGraph.createNode('MarkdownNote');
+    app.graph.add(note);
+    note.title = 'About';
+    note.widgets[0].value = text;
+    note.setSize([420, 300]);
+    const nodes = app.graph.nodes.filter(node => node !== note).sort((a, b) => of(a.id) - of(b.id));
+    let x = 40, y = 60, wide = 0;
+    for (const node of [note, ...nodes]) {
         for (const widget of node.widgets || []) if (widget.name === 'control_after_generate') widget.value = 'fixed';
-    for (const node of app.graph.nodes) (columns[of(node.id)] ??= []).push(node);
-    let x = 40;
-    for (const column of columns) {
-        let y = 60, wide = 0;
-        for (const node of column) {
-            const size = node.computeSize();
-            node.setSize([Math.max(size[0], node.widgets?.some(w => w.options?.multiline) || node.type === 'StoryweftScript' ? 420 : 270),
+        if (node !== note) {
+            const size = node.computeSize(), long = node.widgets?.some(widget => widget.options?.multiline);
+            node.setSize([Math.max(size[0], long ? 420 : 270),
                           Math.max(size[1], /Script/.test(node.type) ? 520 : /SaveImage|Preview/.test(node.type) ? 320 : 0)]);
-            node.pos = [x, y];
-            y += node.size[1] + 70; wide = Math.max(wide, node.size[0]);
         }
-        x += wide + 70;
+        const room = node.size[1] + (/Sampler/.test(node.type) ? 260 : 0);     // a sampler shows its preview below
+        if (y > 60 && y + room > HEIGHT) { x += wide + 70; y = 60; wide = 0; }
+        node.pos = [x, y];
+        y += room + 60; wide = Math.max(wide, node.size[0]);
     }
-    const text = LiteGraph.createNode('MarkdownNote');
-    app.graph.add(text);
-    text.title = 'About';
-    text.widgets[0].value = note;
-    text.setSize([420, 330]);
-    text.pos = [-420, 60];
     const made = await app.graphToPrompt();
     return [made.workflow, made.output];
 }"""
@@ -59,7 +57,6 @@ BUILD = """async ([api, note, name]) => {
 def main() -> None:
     (ROOT / "workflows" / "api").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as base, running(free_port(), Path(base)) as (url, _), sync_playwright() as play:
-        request(f"{url}/object_info/StoryweftScript")
         body = json.dumps(
             {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.RightSidePanel.IsOpen": False}
         ).encode()
@@ -72,7 +69,7 @@ def main() -> None:
         page.wait_for_function(READY, timeout=120000)
         for name, source in WORKFLOWS.items():
             api, note = source()
-            workflow, output = page.evaluate(BUILD, [api, note, name])
+            workflow, output = page.evaluate(BUILD, [api, note, name, HEIGHT])
             (ROOT / "workflows" / f"{name}.json").write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n")
             (ROOT / "workflows" / "api" / f"{name}.json").write_text(
                 json.dumps(output, indent=1, ensure_ascii=False) + "\n"

@@ -37,7 +37,7 @@ TWO = "\n".join(
         "[Robot] in the city by day # which never sleeps.",
         "[Fox] on the beach at sunset # They both like the sea.",
         "[Robot] on the beach at sunset # Here is where they met.",
-        "[NC] on the beach at night # And then the beach was empty.",
+        "[NC] an owl in the forest at night # Only the owl saw the robot leave.",
         "[Fox] in the city at night # The fox went to look for it.",
     )
 )

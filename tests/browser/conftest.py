@@ -13,13 +13,13 @@ READY = """() => window.app?.vueAppReady && window.app?.extensionManager
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.RightSidePanel.IsOpen": False}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def comfy(tmp_path_factory):
     with comfyui(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")     # no longer: while it lives, its event loop runs in this thread and asyncio.run is refused
 def page(comfy):
     """ComfyUI's page in headless Chromium, ready for graphs."""
     body = json.dumps(SETTINGS).encode()

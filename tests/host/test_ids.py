@@ -2,12 +2,17 @@
 
 import asyncio
 import json
+import sys
 
 import pytest
 from comfy_api.latest import io
 from loading import ROOT
 from storyweft.nodes import StoryweftExtension
 
+sys.path.insert(0, str(ROOT / "tools"))
+import workflow_sources  # noqa: E402
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 NODES = asyncio.run(StoryweftExtension().get_node_list())
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
 
@@ -55,6 +60,36 @@ def test_translations_name_every_node_input_and_output(language):
     for node_id, schema in SCHEMAS.items():
         assert set(texts[node_id].get("inputs", {})) == {entry.id for entry in schema.inputs}, node_id
         assert set(texts[node_id]["outputs"]) == {str(index) for index in range(len(schema.outputs))}, node_id
+
+
+def test_english_texts_are_those_of_the_schemas():
+    texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text())
+    for node_id, schema in SCHEMAS.items():
+        assert (texts[node_id]["display_name"], texts[node_id]["description"]) == (schema.display_name, schema.description)
+        told = {name: part["tooltip"] for name, part in texts[node_id].get("inputs", {}).items()}
+        assert told == {part.id: part.tooltip for part in schema.inputs}
+        told = {number: part["tooltip"] for number, part in texts[node_id]["outputs"].items()}
+        assert told == {str(number): part.tooltip for number, part in enumerate(schema.outputs)}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_what_its_source_says(path):
+    """Else somebody changed workflow_sources.py and did not run tools/make_workflows.py."""
+    graph, note = workflow_sources.WORKFLOWS[path.stem]()
+    api = json.loads((ROOT / "workflows" / "api" / path.name).read_text())
+    assert {number: (node["class_type"], node["inputs"]) for number, node in api.items()} == {
+        number: (node["class_type"], node["inputs"]) for number, node in graph.items()
+    }
+    page = json.loads(path.read_text())["nodes"]
+    assert [node["widgets_values"][0] for node in page if node["type"] == "MarkdownNote"] == [note]
+    for number, node in graph.items():
+        shown = next(one for one in page if str(one["id"]) == number)
+        values = [value for value in node["inputs"].values() if not isinstance(value, list)]
+        assert [value for value in values if value not in shown.get("widgets_values", [])] == [], node["class_type"]
+
+
+def test_every_source_has_a_workflow():
+    assert {path.stem for path in WORKFLOWS} == set(workflow_sources.WORKFLOWS)
 
 
 def test_every_node_is_shown_by_a_workflow_in_both_formats():

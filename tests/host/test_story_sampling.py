@@ -1,6 +1,7 @@
 """Stories drawn in passes: three ways to remember are one result, nothing drawn is lost, a character can travel."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import comfy.sample
 import pytest
@@ -29,8 +30,8 @@ def patcher():
 
 
 @pytest.fixture()
-def store(patcher, tmp_path, monkeypatch):
-    store = PanelStore(bank.fingerprint(patcher))
+def store(tmp_path, monkeypatch):
+    store = PanelStore()
     monkeypatch.setattr(store, "folder", str(tmp_path))
     return store
 
@@ -147,16 +148,22 @@ def test_finished_panels_are_not_drawn_again_and_one_can_be_redone(patcher, stor
     assert len(runs) == 2, report  # Ana's id panels, for her bank, and the panel itself
 
 
-def test_panels_drawn_before_a_failure_are_kept(patcher, store, monkeypatch):
+def fail_at_run(monkeypatch, number: int) -> None:
+    """Makes the `number`-th sampling run from now on fail."""
     real, runs = comfy.sample.sample, []
 
     def failing(*args, **kwargs):
         runs.append(1)
-        if len(runs) == 4:
+        if len(runs) == number:
             raise RuntimeError("no more room")
         return real(*args, **kwargs)
 
     monkeypatch.setattr(comfy.sample, "sample", failing)
+
+
+def test_panels_drawn_before_a_failure_are_kept(patcher, store, monkeypatch):
+    real = comfy.sample.sample
+    fail_at_run(monkeypatch, 4)
     with pytest.raises(
         RuntimeError, match=r"StoryweftStorySampler: drawing panel 6 failed: no more room \(panels 1, 2, 3, 4, 5 kept"
     ):
@@ -165,6 +172,68 @@ def test_panels_drawn_before_a_failure_are_kept(patcher, store, monkeypatch):
     report = sampler(patcher, memory="recompute", store=store).draw()[2]
     assert "kept panel 5 from an earlier run" in report
     assert "drew panel 6" in report
+
+
+def test_id_panels_between_others_come_back_in_story_order(patcher):
+    mixed = parse_script(
+        "[Ana] a fox\n[Ben] a bear", "[Ben] runs\n[NC] a tree\n[Ana] runs\n[Ana] meets [Ben]\n[Ben] eats\n[NC] a lake\n[Ana] sits",
+        id_count=1,
+    )
+    drawn = []
+    for mode in ("bank", "recompute", "together"):
+        made = sampler(patcher, memory=mode)
+        made.story, made.positive = mixed, marked(range(COUNT), mixed)
+        drawn.append(made.draw()[0])
+    assert apart(drawn[0], drawn[2]) < 2e-5
+    assert apart(drawn[1], drawn[2]) < 2e-5
+
+
+def test_characters_come_although_every_panel_is_stored_when_somebody_reads_them(patcher, store):
+    first, characters, _ = sampler(patcher, memory="bank", store=store).draw()
+    assert sampler(patcher, memory="bank", store=store).draw()[1] == {}
+    again = sampler(patcher, memory="auto", store=store)
+    again.wanted = True
+    latents, same, report = again.draw()
+    assert torch.equal(latents, first)
+    assert {name: one.digest for name, one in same.items()} == {name: one.digest for name, one in characters.items()}
+    assert "kept panel 5 from an earlier run" in report
+
+
+@pytest.mark.parametrize("mode", ["recompute", "together"])
+def test_a_mode_without_bank_is_refused_when_somebody_reads_the_characters(patcher, mode):
+    made = sampler(patcher, memory=mode)
+    made.wanted = True
+    with pytest.raises(ValueError, match=f"StoryweftStorySampler: memory is '{mode}', which keeps no character"):
+        made.draw()
+
+
+def test_a_damaged_stored_panel_is_named(patcher, store):
+    made = sampler(patcher, memory="bank", store=store)
+    made.draw()
+    Path(store.path(made._key(4))).write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"the stored panel .*\.safetensors is damaged .*; delete it and run again"):
+        sampler(patcher, memory="bank", store=store).draw()
+
+
+def test_panels_under_something_that_cannot_be_told_apart_are_not_kept(patcher, store, monkeypatch):
+    strange = patcher.clone()
+    strange.model_options["transformer_options"]["somebody"] = object()
+    report = sampler(strange, memory="bank", store=store).draw()[2]
+    assert "not kept for later runs: the content of object on the model or the conditioning cannot be told apart" in report
+    assert not list(Path(store.folder).glob("*"))
+    fail_at_run(monkeypatch, 4)
+    with pytest.raises(RuntimeError, match=r"drawing panel 6 failed: no more room \(no panel kept: the content of object"):
+        sampler(strange, memory="recompute", store=store).draw()
+
+
+def test_two_recalled_characters_that_differ_only_in_their_tokens_are_two_panels(patcher, store):
+    keys = set()
+    for seed in (5, 6):
+        characters = list(sampler(patcher, memory="bank", seed=seed).draw()[1].values())
+        made = recalled(patcher, characters, panels=(4,))
+        made.store = store
+        keys.add(made._key(4))
+    assert len(keys) == 2
 
 
 def test_another_prompt_model_or_setting_is_another_panel(patcher, store):
@@ -252,6 +321,18 @@ def test_reading_with_guidance_a_bank_made_without_it_is_refused(patcher):
         ValueError, match=r"holds no tokens for the guidance part negative.0; make it with a cfg above 1"
     ):
         recalled(patcher, characters).draw()
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"model_channels": 64}, "with 64 channels in self-attention layer 3 and this UNetModel has 128 channels there"),
+    ({"transformer_depth_output": [0, 0, 1, 1]}, "with 32 channels in self-attention layer 5 and this UNetModel has only 5 of them"),
+])
+def test_reading_with_another_model_of_the_same_class_is_refused(patcher, monkeypatch, change, sentence):
+    characters = list(sampler(patcher, memory="bank").draw()[1].values())
+    other = tiny.FAMILIES["sd15"]._replace(settings=tiny.UNET | change)
+    monkeypatch.setitem(tiny.FAMILIES, "sd15", other)
+    with pytest.raises(ValueError, match=f"character 'Ana' was made {sentence}"):
+        recalled(tiny.build("sd15"), characters).draw()
 
 
 def test_reading_with_another_family_is_refused(patcher):
