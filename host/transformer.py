@@ -14,27 +14,40 @@ from .layout import Layer, Layout
 @dataclass(frozen=True)
 class Form:
     """`blocks`: attributes of the network that list its blocks, in execution order, with the block_type core gives them.
-    `order`: "joint" text then picture in one sequence; "apart" picture alone, text by cross-attention; "tail" picture
-    last, padded to a multiple of `multiple`. `width`: attribute with the size of
-    a token. `indexed`: core says block_type and block_index at each call."""
+    `order`: "joint" text then picture in one sequence, whatever else after them; "last" text and references, then the
+    picture at the very end; "first" picture then text; "apart" picture alone, text by cross-attention; "tail" text, then
+    the picture padded to a multiple of `multiple`. `width`: attribute with the size of a token. `patch`: None if the
+    network states its patch size itself. `indexed`: core says block_type and block_index at each call."""
 
     blocks: tuple[tuple[str, str], ...]
-    patch: tuple[int, int, int]
     order: str
     width: str
+    patch: tuple[int, int, int] | None = (1, 2, 2)
     indexed: bool = True
     multiple: int = 1
 
 
+STREAMS = (("double_blocks", "double"), ("single_blocks", "single"))
 FORMS = {
-    "Flux": Form((("double_blocks", "double"), ("single_blocks", "single")), (1, 2, 2), "joint", "hidden_size"),
-    "Chroma": Form((("double_blocks", "double"), ("single_blocks", "single")), (1, 2, 2), "joint", "hidden_size"),
-    "QwenImageTransformer2DModel": Form((("transformer_blocks", "double"),), (1, 2, 2), "joint", "inner_dim"),
-    "MMDiT": Form((("joint_blocks", "joint"),), (1, 2, 2), "joint", "hidden_size", indexed=False),
-    "WanModel": Form((("blocks", "double"),), (1, 2, 2), "apart", "dim"),
-    "LTXVModel": Form((("transformer_blocks", "block"),), (1, 1, 1), "apart", "inner_dim", indexed=False),
-    "NextDiT": Form((("layers", "double"),), (1, 2, 2), "tail", "dim", multiple=32),
+    "Flux": Form(STREAMS, "joint", "hidden_size"),
+    "Chroma": Form(STREAMS, "joint", "hidden_size"),
+    "QwenImageTransformer2DModel": Form((("transformer_blocks", "double"),), "joint", "inner_dim"),
+    "MMDiT": Form((("joint_blocks", "joint"),), "joint", "hidden_size", indexed=False),
+    "WanModel": Form((("blocks", "double"),), "apart", "dim"),
+    "LTXVModel": Form((("transformer_blocks", "block"),), "apart", "inner_dim", (1, 1, 1), indexed=False),
+    "NextDiT": Form((("layers", "double"),), "tail", "dim", multiple=32),
+    "HunyuanVideo": Form(STREAMS, "last", "hidden_size", None),
+    "CogVideoXTransformer3DModel": Form((("blocks", "block"),), "joint", "dim", None, indexed=False),
+    "AsymmDiTJoint": Form((("blocks", "block"),), "first", "x_embedder.proj.out_channels", indexed=False),
 }
+
+
+def patch_size(diffusion_model) -> tuple[int, int, int]:
+    """(frames, height, width) of one token as the network states it: one side, or a list of two or three."""
+    stated = diffusion_model.patch_size
+    if isinstance(stated, int):
+        return (diffusion_model.patch_size_t or 1, stated, stated)
+    return (1, *stated)[-3:]
 
 
 class TransformerFamily:
@@ -45,18 +58,23 @@ class TransformerFamily:
     def __init__(self, diffusion_model, form: Form):
         self.model_class = type(diffusion_model).__name__
         self.form = form
+        self.patch = form.patch or patch_size(diffusion_model)
+        self.prompt_last = getattr(diffusion_model, "use_cond_type_embedding", False)  # HunyuanVideo 1.5
         self.width = operator.attrgetter(form.width)(diffusion_model)
-        sizes = [(kind, len(operator.attrgetter(name)(diffusion_model))) for name, kind in form.blocks]
-        total = sum(size for _, size in sizes)
+        lists = [(kind, operator.attrgetter(name)(diffusion_model)) for name, kind in form.blocks]
+        total, passed = sum(len(blocks) for _, blocks in lists), 0
         self.layers, self.cross_layers, self.time_layers, self.by_block = [], [], (), {}
-        for kind, size in sizes:
-            for index in range(size):
-                ordinal = len(self.layers)
-                layer = Layer("input" if ordinal < total // 2 else "output", index, 0, ordinal)
+        for kind, blocks in lists:
+            for index, block in enumerate(blocks):
+                layer = Layer("input" if passed < total // 2 else "output", index, 0, len(self.layers))
+                passed += 1
                 self.layers.append(layer)
                 self.by_block[kind, index] = layer
                 if form.order == "apart":
                     self.cross_layers.append(replace(layer, kind="cross"))
+                if has_second(block):
+                    self.layers.append(replace(layer, depth=1, ordinal=len(self.layers)))
+        self.picture_alone = any(layer.depth for layer in self.layers)
         self.kinds = {"self", "cross"} if form.order == "apart" else {"self"}
 
     def sizes(self, latent_shape: tuple[int, ...]) -> dict[Layer, int]:
@@ -65,7 +83,7 @@ class TransformerFamily:
 
     def _grid(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         sides = (1, *latent_shape[2:])[-3:]
-        return tuple(math.ceil(side / patch) for side, patch in zip(sides, self.form.patch, strict=True))
+        return tuple(math.ceil(side / patch) for side, patch in zip(sides, self.patch, strict=True))
 
     def add_patches(self, model) -> None:
         """Nothing beyond the override is needed."""
@@ -87,21 +105,36 @@ class TransformerFamily:
         layer = self._layer(call, kwargs["transformer_options"], tokens, keys)
         if layer is None:
             return None
-        text = slice(0, image.start) if self.form.order != "apart" else None
-        if layer.kind == "cross":
-            text = slice(0, keys)
-        return Layout(call.entries, call.items, layer, grid, image, text)
+        return Layout(call.entries, call.items, layer, grid, image, self._text(call, layer, image, tokens, keys))
 
     def _image(self, call, tokens: int, count: int) -> slice | None:
+        start = 0
         if self.form.order == "joint":
-            start = call.text.shape[1]
+            start = 0 if self.picture_alone and tokens == count else call.text.shape[1]
         elif self.form.order == "tail":
             start = tokens - math.ceil(count / self.form.multiple) * self.form.multiple
             if start <= 0:
                 return None
-        else:
-            start = tokens - count if call.kwargs.get("reference_latent") is not None else 0  # Wan puts it first
-        return slice(start, start + count) if tokens >= start + count else None
+        elif self.form.order == "last":
+            start = tokens - count
+        elif self.form.order == "apart" and call.kwargs.get("reference_latent") is not None:
+            start = tokens - count  # Wan puts it first
+        return slice(start, start + count) if start >= 0 and tokens >= start + count else None
+
+    def _text(self, call, layer: Layer, image: slice, tokens: int, keys: int) -> slice | None:
+        """Where the prompt lies among the keys."""
+        order = self.form.order
+        if order == "apart":
+            return slice(0, keys) if layer.kind == "cross" else None
+        if order == "first":
+            return slice(image.stop, tokens)
+        if order == "joint":
+            return slice(0, image.start) if image.start else None
+        if order == "tail":
+            return slice(0, call.text.shape[1])
+        reference, length = call.kwargs.get("ref_latent"), call.text.shape[1]
+        end = image.start - (0 if reference is None else math.prod(self._grid(reference.shape)))
+        return slice(end - length, end) if self.prompt_last else slice(0, length)
 
     def _layer(self, call, options: dict, tokens: int, keys: int) -> Layer | None:
         """The layer of a call: in a block self-attention comes first, then, on models of order "apart", the prompt."""
@@ -119,3 +152,8 @@ class TransformerFamily:
         if layer is None or visit > apart:
             return None
         return self.cross_layers[layer.ordinal] if visit else layer
+
+
+def has_second(block) -> bool:
+    """Whether a block of SD3.5 has a second self-attention, over the picture alone, after the joint one."""
+    return getattr(getattr(block, "x_block", None), "x_block_self_attn", False)
