@@ -168,6 +168,14 @@ class StorySampler:
         needed = self.bank_bytes()
         free = comfy.model_management.get_free_memory(torch.device("cpu"))
         mode = self.settings.memory
+        whole = next((rule.node_id for rule in override.rules_of(self.model) if rule.whole_batch), None)
+        if whole is not None and mode not in ("auto", "together"):
+            raise ValueError(
+                f"{self.node_id}: memory is {mode}, which draws a story in parts, and {whole} needs all panels in one batch; "
+                "set memory to together."
+            )
+        if whole is not None:
+            return "together", f"{whole} needs all panels in one batch: memory together"
         if mode == "auto":
             mode = "bank" if needed < free / 2 else "recompute"
         if mode == "bank" and needed > free:
