@@ -118,7 +118,8 @@ class ConsistentRule(Rule):
             plan.compute = functools.partial(self._windows, state, run, layout)
             return True
         for row, pieces in enumerate(seen):
-            plan.seen[row] += pieces
+            whole = {piece.source for piece in plan.seen[row] if piece.index is None}  # each token counts once
+            plan.seen[row] += [piece for piece in pieces if piece.source is None or piece.source not in whole]
         return True
 
     def _share_live(self, state, run, call, layout: Layout, chunk: int, plan, seen: list) -> None:

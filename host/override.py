@@ -41,7 +41,7 @@ def register(model, rule):
             "(a story with several characters needs one block only)."
         )
     missing = rule.kinds - family.kinds
-    if missing == rule.kinds:
+    if rule.kinds and missing == rule.kinds:
         raise ValueError(
             f"{rule.node_id}: {family.model_class} has no {' or '.join(sorted(missing))}-attention that it could act on."
         )
@@ -61,6 +61,14 @@ def replace(model, old, new):
     """Clone of `model` in which the registered rule `old` is `new`."""
     model = model.clone()
     model.model_options["transformer_options"][RULES] = tuple(new if rule is old else rule for rule in rules_of(model))
+    return model
+
+
+def without_rules(model):
+    """Clone of `model` on which no Storyweft block acts."""
+    model = model.clone()
+    if rules_of(model):
+        model.model_options["transformer_options"][RULES] = ()
     return model
 
 
@@ -120,6 +128,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
         for rule in run.rules:
             rule.prepare(run, call, options)
             stack.enter_context(rule.around(run, call))
+            control = control if control is None else rule.control(run, call, control)
         out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     call.close()
     return out

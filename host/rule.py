@@ -31,6 +31,7 @@ class Rule:
     kinds: frozenset[str] = frozenset()
     several = False
     neutral = False
+    whole_batch = False  # whether it needs all panels of a story in one batch
 
     def start(self, run):
         """State of one run, kept in run.state[self]."""
@@ -45,6 +46,14 @@ class Rule:
 
     def prepare(self, run, call, options: dict) -> None:
         """Add to `options`, the transformer_options of one model call (a copy of its own)."""
+
+    def control(self, run, call, control: dict) -> dict:
+        """Residuals of a ControlNet for one model call, lists of tensors [rows, ...]; returned, never written into."""
+        return control
+
+    def align(self, run, layout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Exchange q, k, v [rows, heads, tokens, dim] before positions are turned into them, where a family does that."""
+        return q, k, v
 
     def around(self, run, call) -> contextlib.AbstractContextManager:
         """Context in which one model call runs."""

@@ -73,7 +73,7 @@ class Run:
         return tuple(chosen)
 
     def end_evaluation(self) -> None:
-        if not self.reached and not self.bypassed:
+        if not self.reached and not self.bypassed and any(rule.kinds for rule in self.rules):
             raise RuntimeError(
                 f"Storyweft: no attention of {self.family.model_class} came past the attention override, so "
                 f"{self.names} cannot act; another pack replaced the override or the model runs its own attention."

@@ -8,16 +8,22 @@ import math
 import operator
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from .layout import Layer, Layout
 
 
 @dataclass(frozen=True)
 class Form:
-    """`blocks`: attributes of the network that list its blocks, in execution order, with the block_type core gives them.
+    """How one transformer is built.
+
+    `blocks`: attributes of the network that list its blocks, in execution order, with the block_type core gives them.
     `order`: "joint" text then picture in one sequence, whatever else after them; "last" text and references, then the
     picture at the very end; "first" picture then text; "apart" picture alone, text by cross-attention; "tail" text, then
     the picture padded to a multiple of `multiple`. `width`: attribute with the size of a token. `patch`: None if the
-    network states its patch size itself. `indexed`: core says block_type and block_index at each call."""
+    network states its patch size itself. `indexed`: core says block_type and block_index at each call. `early`: its attn1
+    patches see q, k, v before positions are turned into them.
+    """
 
     blocks: tuple[tuple[str, str], ...]
     order: str
@@ -25,13 +31,14 @@ class Form:
     patch: tuple[int, int, int] | None = (1, 2, 2)
     indexed: bool = True
     multiple: int = 1
+    early: bool = False
 
 
 STREAMS = (("double_blocks", "double"), ("single_blocks", "single"))
 FORMS = {
-    "Flux": Form(STREAMS, "joint", "hidden_size"),
-    "Chroma": Form(STREAMS, "joint", "hidden_size"),
-    "QwenImageTransformer2DModel": Form((("transformer_blocks", "double"),), "joint", "inner_dim"),
+    "Flux": Form(STREAMS, "joint", "hidden_size", early=True),
+    "Chroma": Form(STREAMS, "joint", "hidden_size", early=True),
+    "QwenImageTransformer2DModel": Form((("transformer_blocks", "double"),), "joint", "inner_dim", early=True),
     "MMDiT": Form((("joint_blocks", "joint"),), "joint", "hidden_size", indexed=False),
     "WanModel": Form((("blocks", "double"),), "apart", "dim"),
     "LTXVModel": Form((("transformer_blocks", "block"),), "apart", "inner_dim", (1, 1, 1), indexed=False),
@@ -54,6 +61,7 @@ class TransformerFamily:
     """Layers of one transformer; the first half of its blocks counts as input path, the second as output path."""
 
     picture_only = False
+    norms = ()  # no group norms
 
     def __init__(self, diffusion_model, form: Form):
         self.model_class = type(diffusion_model).__name__
@@ -86,7 +94,9 @@ class TransformerFamily:
         return tuple(math.ceil(side / patch) for side, patch in zip(sides, self.patch, strict=True))
 
     def add_patches(self, model) -> None:
-        """Nothing beyond the override is needed."""
+        """The override finds every layer; rules that act before positions need the patch as well."""
+        if self.form.early:
+            model.set_model_attn1_patch(before_positions)
 
     def close(self, call) -> None:
         """Calls are told apart as they come."""
@@ -106,6 +116,15 @@ class TransformerFamily:
         if layer is None:
             return None
         return Layout(call.entries, call.items, layer, grid, image, self._text(call, layer, image, tokens, keys))
+
+    def locate_early(self, call, q: Tensor, options: dict) -> Layout | None:
+        """The layout of q [rows, heads, tokens, dim] as an attn1 patch sees it, before the override does."""
+        grid = self._grid(call.shape)
+        image = self._image(call, q.shape[2], math.prod(grid))
+        layer = self.by_block.get((options.get("block_type"), options.get("block_index")))
+        if image is None or layer is None or q.shape[0] != len(call.entries) * len(call.items):
+            return None
+        return Layout(call.entries, call.items, layer, grid, image, slice(0, image.start))
 
     def _image(self, call, tokens: int, count: int) -> slice | None:
         start = 0
@@ -157,3 +176,15 @@ class TransformerFamily:
 def has_second(block) -> bool:
     """Whether a block of SD3.5 has a second self-attention, over the picture alone, after the joint one."""
     return getattr(getattr(block, "x_block", None), "x_block_self_attn", False)
+
+
+def before_positions(q: Tensor, k: Tensor, v: Tensor, pe=None, attn_mask=None, extra_options=None) -> dict:
+    """attn1 patch of the early families: rules exchange q, k, v, the host then turns positions into them."""
+    call = extra_options.get("storyweft")
+    layout = None if call is None else call.run.family.locate_early(call, q, extra_options)
+    if layout is None:
+        return {}
+    for rule in call.run.rules:
+        if rule.wants(layout.layer, call.run):
+            q, k, v = rule.align(call.run, layout, q, k, v)
+    return {"q": q, "k": k, "v": v}

@@ -9,6 +9,7 @@ from collections import Counter
 from itertools import zip_longest
 from typing import NamedTuple
 
+import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
 from torch import Tensor
@@ -28,6 +29,7 @@ class UNetFamily:
             tuple(layer for layer in self.modules if layer.kind == kind) for kind in ("self", "cross", "time")
         )
         self.kinds = {layer.kind for layer in self.modules}
+        self.norms = [module for module in diffusion_model.modules() if isinstance(module, torch.nn.GroupNorm)]
         self.downsamples = [any(isinstance(m, Downsample) for m in block) for block in diffusion_model.input_blocks]
         self.by_block = {(layer.kind, layer.path, layer.block, layer.depth): layer for layer in self.modules}
 
