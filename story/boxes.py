@@ -130,9 +130,15 @@ def make_track(plan: BoxPlan, frames: int, interpolation: str = "linear") -> Box
     return BoxTrack(frames, tuple(_tracked(item, frames, interpolation) for item in plan.objects), plan.background)
 
 
-def make_plan(track: BoxTrack, canvas: tuple[int, int] | None = None) -> BoxPlan:
-    """A plan whose linear track is `track` again: a key frame wherever the motion changes (within 1e-6)."""
-    return BoxPlan(tuple(_keyed(item) for item in track.objects), track.background, canvas)
+def keys_of(boxes: Sequence[Corners | None]) -> tuple[Key, ...]:
+    """Key frames of boxes known in every frame: all of them but the inner ones of a run that stands still."""
+    last = len(boxes) - 1
+    return tuple(
+        Key(corners, frame=frame)
+        for frame, corners in enumerate(boxes)
+        if not (frame > 0 and boxes[frame - 1] == corners and (frame == last or boxes[frame + 1] == corners))
+        and not (frame > 0 and corners is None and boxes[frame - 1] is None)
+    )
 
 
 def check_frames(frames: int) -> None:
@@ -252,37 +258,6 @@ def _slope(places: Sequence[float], values: Sequence[float], at: int) -> float:
         return 0.0
     weight, next_weight = 2 * next_width + width, next_width + 2 * width
     return (weight + next_weight) / (weight * width / rise + next_weight * next_width / next_rise)
-
-
-def _keyed(item: TrackedObject) -> KeyedObject:
-    keys: list[Key] = []
-    held: list[tuple[int, Corners]] = []  # frames since the last key, all on one straight line from it
-    for frame, box in enumerate(item.boxes):
-        now = (box.x0, box.y0, box.x1, box.y1) if box else None
-        if held and (now is None or not _straight(held, frame, now)):
-            if held[-1][0] > keys[-1].frame:
-                keys.append(Key(held[-1][1], frame=held[-1][0]))
-            held = held[-1:] if now else []
-        if now is None:
-            if not keys or keys[-1].corners is not None:
-                keys.append(Key(None, frame=frame))
-            continue
-        if not held:
-            keys.append(Key(now, frame=frame))
-        held.append((frame, now))
-    if held and held[-1][0] > keys[-1].frame and held[-1][1] != keys[-1].corners:
-        keys.append(Key(held[-1][1], frame=held[-1][0]))
-    return KeyedObject(item.id, item.words, tuple(keys))
-
-
-def _straight(held: list, frame: int, now: Corners) -> bool:
-    """Whether all held frames lie on the line from the first of them to this frame."""
-    start, first = held[0]
-    return all(
-        abs(a + (b - a) * (at - start) / (frame - start) - value) <= 1e-6
-        for at, corners in held
-        for a, b, value in zip(first, now, corners, strict=True)
-    )
 
 
 def _ranges(frames: Sequence[int]) -> str:
