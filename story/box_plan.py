@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from .box_text import LARGEST_PART, MAX_TEXT, free_name, in_parts, parse_boxes
-from .boxes import BoxError, BoxPlan, Corners, Key, KeyedObject, check_objects, clip, show
+from .boxes import MAX_OBJECTS, BoxError, BoxPlan, Corners, Key, KeyedObject, check_objects, clip, show
 
 MAX_KEY_FRAMES = 200
+ARTICLES = {"a", "an", "the"}
 OVERLAP = 0.05  # of the smaller box; less is not worth a line
 
-FRAME_LINE = r"(?im)^[\s*#>-]*frame[\s_]*(\d{1,4})\s*[:.*]*[:]"
-_BACKGROUND = r"(?im)^[\s*#>-]*background(?:[ _]keyword)?s?\**\s*:\**\s*(.*)$"
-_ENTRY = r"\{[^{}]*\}"
+FRAME_LINE = r"(?im)^[ \t*#>-]*frame[ \t_]*(\d{1,4})[ \t]*\**[ \t]*:"
+_BACKGROUND = r"(?im)^[ \t*#>-]*background(?:[ _]keyword)?s?[ \t]*\**[ \t]*:\**[ \t]*(.*)$"
+_ENTRY = r"\{[^{}]{0,1000}\}"
 _FIELD = r"""['"]?(\w+)['"]?\s*:\s*(\[[^\[\]]*\]|\([^()]*\)|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,{}\[\]]+)"""
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 
@@ -120,9 +121,9 @@ class _Answer:
         here: dict[str, Corners | None] = {}
         where = f"Frame {number}"
         if body.count("{") > len(entries):
-            self.notes.append(f"{where}: {body.count('{') - len(entries)} unfinished entries left out.")
-        if not entries and "[" not in body:
-            self.notes.append(f"{where}: no list found ({' '.join(body.split())[:40]!r}); its boxes are taken from its neighbours.")
+            self.notes.append(f"{where}: unfinished entries left out: {body.count('{') - len(entries)}.")
+        if not entries and not re.match(r"\W*\[\s*\]", body):
+            self.notes.append(f"{where}: no list of boxes in {' '.join(body.split())[:40]!r}; the line is left out.")
             return
         for entry in entries:
             fields = _fields(entry)
@@ -139,18 +140,22 @@ class _Answer:
         if given in self.words and given not in here and (not name or self.words[given].lower() == name.lower()):
             return given
         same = [key for key, words in self.words.items() if words.lower() == name.lower() and key not in here]
-        if given in self.words and given not in here and not same:
+        if given in self.words and given not in here and not same and _alike(name, self.words[given]):
             self.notes.append(f"{where}: id {given} is now called {name!r}; it stays {self.words[given]!r}.")
             return given
-        if given is not None and given not in self.words and given not in here and not same:
-            self.words[given] = name
-            return given
+        if given is not None and given not in self.words and not same:
+            return self.new(given, name)
         if same:
             self.notes.append(f"{where}: {name!r} has {'no id' if given is None else f'the id {given}'}; taken as id {same[0]}.")
             return same[0]
-        key = free_name(given or name, set(self.words))
-        self.words[key] = name
-        self.notes.append(f"{where}: {name!r} has {'no id' if given is None else f'the id {given} of another'}; it gets {key!r}.")
+        if given is not None:
+            self.notes.append(f"{where}: {name!r} has the id {given} of {self.words[given]!r}; taken as another object.")
+        return self.new(free_name(given or name, set(self.words)), name)
+
+    def new(self, key: str, words: str) -> str:
+        self.words[key] = words
+        if len(self.words) > MAX_OBJECTS:
+            raise BoxError(f"the answer has more than {MAX_OBJECTS} objects.")
         return key
 
     def corners(self, box: list[float], where: str) -> Corners | None:
@@ -172,7 +177,7 @@ class _Answer:
         span = max(numbers[-1] - numbers[0], 1) if numbers else 1
         gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []
         if gaps:
-            self.notes.append(f"Frames {', '.join(map(str, gaps))} are missing: boxes there are interpolated.")
+            self.notes.append(f"Missing frames: {', '.join(map(str, gaps))}; boxes there are interpolated.")
         if numbers and numbers[0] > 1:
             self.notes.append(f"The first line is Frame {numbers[0]}; the time starts there.")
         self._overlaps(numbers)
@@ -204,6 +209,11 @@ def complete_prompt(scene: str, plan: BoxPlan) -> str:
     missing = [item.words for item in plan.objects if item.words.lower() not in scene.lower()]
     prompt = f"{scene} | {', '.join(dict.fromkeys(missing))}" if missing else scene
     return f"{prompt}, {plan.background} background" if plan.background else prompt
+
+
+def _alike(first: str, second: str) -> bool:
+    """Whether two names share a word."""
+    return bool(set(first.lower().split()) & set(second.lower().split()) - ARTICLES)
 
 
 def _fields(entry: str) -> dict[str, str]:

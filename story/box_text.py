@@ -144,6 +144,8 @@ def _timed(t, frame, corners: Corners | None, where: str) -> Key:
 
 def _from_lines(text: str) -> BoxPlan:
     objects, background, canvas = [], "", None
+    if text.count("|") > MAX_KEYS:
+        raise BoxError(f"the text has {text.count('|')} key frames, the limit is {MAX_KEYS}.")
     names: set[str] = set()
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
