@@ -95,11 +95,11 @@ def from_tracks(
 
 
 def named(found: Sequence[Found], kind: str, words: list[str], taken: set[str]) -> list[KeyedObject]:
-    """Objects with words from the front of `words` (which loses them), else their label; ids not in `taken` (which
-    gains them)."""
+    """Objects with words from the front of `words` (which loses them), or their label where those are empty; ids not in
+    `taken` (which gains them), made of the words or else of `kind`."""
     objects = []
     for label, keys in found:
-        phrase = words.pop(0) if words else label
+        phrase = (words.pop(0) if words else "") or label
         name = free_name(phrase or kind, taken)
         taken.add(name)
         objects.append(KeyedObject(name, phrase, keys))
