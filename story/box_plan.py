@@ -113,7 +113,7 @@ class _Answer:
         for (number, entries), (_, body) in zip(found, bodies, strict=True):
             self.frame(number, entries, body)
         background = re.search(_BACKGROUND, text)
-        self.background = background[1].strip(" .'\"*[]") if background else ""
+        self.background = background[1].strip(" .'\"*[]\t\r") if background else ""
         if not self.background:
             self.notes.append("There is no background keyword.")
 

@@ -93,22 +93,21 @@ class BoxEditor {
   get object() { return this.plan?.objects[this.selected]; }
 
   read() {
-    const text = this.value("boxes") ?? "";
-    if (text === this.written && this.plan) return this.draw();
+    if (this.saving) return;
     try {
-      this.plan = parse(text, this.frames, [this.value("width") || 512, this.value("height") || 512]);
+      this.plan = parse(this.value("boxes") ?? "", this.frames, [this.value("width") || 512, this.value("height") || 512]);
     } catch { // the node says what is wrong with a text when it runs
       this.plan = null;
     }
-    this.written = text;
     this.draw();
   }
 
   save() {
     const widget = this.node.widgets.find((one) => one.name === "boxes");
-    this.written = write(this.plan);
-    widget.value = this.written;
-    widget.callback?.(this.written);
+    this.saving = true; // the text says what the plan says already
+    widget.value = write(this.plan);
+    widget.callback?.(widget.value);
+    this.saving = false;
     this.node.setDirtyCanvas?.(true, true);
     this.draw();
   }
