@@ -282,7 +282,10 @@ def entry(name="'fox'", box="[0, 0, 100, 100]", **more) -> str:
     (frames(entry(), entry(box="[10, 0, 0, 100]")), "has no size; absent there", ["fox"]),
     (frames(entry(), entry(box="[10, 0, 100]")), "has no box of four numbers; left out", ["fox"]),
     (frames(entry(), entry(name=None, id="8")), "has no name; left out", ["fox"]),
-    (frames(entry() + "," + entry("'car'", "[50, 50, 100, 100]", id="1")), "'fox' and 'car' overlap in frame 1; 'car' lies on top", ["fox", "car"]),
+    (
+        frames(entry() + "," + entry("'car'", "[50, 50, 100, 100]", id="1")),
+        "'fox' and 'car' overlap in frame 1; 'car' lies on top", ["fox", "car"],
+    ),
     (frames(entry(), entry()).replace("Frame 2", "Frame 4"), "Missing frames: 2, 3; boxes there are interpolated", ["fox"]),
     (frames(entry()).replace("Background keyword: sea", ""), "There is no background keyword", ["fox"]),
     (frames(entry(), entry()) + "\n\nFrame 1: [" + entry("'x'") + "]", "Frame 1 comes again after Frame 2", ["fox"]),

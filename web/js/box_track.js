@@ -410,7 +410,7 @@ class BoxEditor {
 
   drawLine() {
     const objects = this.plan?.objects ?? [];
-    this.line.style.height = `${Math.max(objects.length, 1) * ROW}px`;
+    if (!this.changed) this.line.style.height = `${Math.max(objects.length, 3) * ROW}px`; // not in the middle of a drag
     const pen = this.pen(this.line), width = this.line.clientWidth - 16;
     const x = (place) => 8 + place / Math.max(this.frames - 1, 1) * width;
     objects.forEach((object, row) => {
@@ -463,7 +463,7 @@ app.registerExtension({
     if (node.comfyClass !== "StoryweftBoxTrack") return;
     const editor = new BoxEditor(node);
     const widget = node.addDOMWidget("box_editor", "storyweft_boxes", editor.root, {
-      serialize: false, hideOnZoom: false, getMinHeight: () => 260,
+      serialize: false, hideOnZoom: false, getMinHeight: () => 340,
     });
     widget.serialize = false; // the text widget holds the value
     for (const name of ["boxes", "frames", "width", "height", "interpolation"])
@@ -472,6 +472,6 @@ app.registerExtension({
     follow(node, "onConnectionsChange", () => editor.findPicture());
     follow(node, "onExecuted", (output) => editor.ran(output));
     follow(node, "onRemoved", () => editor.stop());
-    node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], 620)]);
+    node.setSize([Math.max(node.size[0], 460), Math.max(node.size[1], 720)]);
   },
 });
