@@ -6,7 +6,7 @@ import { boxAt, freeName, keyAt, parse, placeOf, round4, setKey, timeOf, write }
 const COLOURS = ["#ff5a5f", "#2fa4ff", "#ffc53d", "#35c46a", "#b678ff", "#ff8a34", "#20c7c0", "#f26fb2"]; // as in host/boxes.py
 const ROW = 16, HANDLE = 6, LEAST = 0.01;
 const STYLE = {
-  root: "display:flex;flex-direction:column;gap:4px;width:100%;height:100%;box-sizing:border-box;padding:4px;outline-offset:-2px;"
+  root: "display:flex;flex-direction:column;min-height:300px;gap:4px;width:100%;height:100%;box-sizing:border-box;padding:4px;outline-offset:-2px;"
     + "font:12px sans-serif;color:#ddd;background:#1e1e24;border-radius:6px;overflow:hidden;user-select:none",
   picture: "flex:1 1 0;min-height:60px;width:100%;cursor:crosshair;touch-action:none;display:block",
   line: "flex:none;width:100%;cursor:pointer;touch-action:none;display:block",
@@ -18,12 +18,12 @@ const TEXTS = {
   en: {
     words: "words of the object in the prompt", key: "Key", keyTip: "Set or remove a key frame here", away: "Absent",
     awayTip: "Absent from this frame on / there again", remove: "Delete", removeTip: "Delete the object (Delete removes the key frame here first)",
-    play: "Play or stop", draw: "Draw a box with the mouse", other: "The editor cannot draw this text; the node reads it when it runs.",
+    play: "Play or stop", linked: "Run to see the connected boxes", draw: "Draw a box with the mouse", other: "The editor cannot draw this text; the node reads it when it runs.",
   },
   ko: {
     words: "프롬프트에 있는 대상의 낱말", key: "키", keyTip: "이 프레임에 키 추가/제거", away: "없음",
     awayTip: "이 프레임부터 없음 / 다시 나타남", remove: "삭제", removeTip: "대상 삭제 (Delete 키는 이 프레임의 키를 먼저 지움)",
-    play: "재생 또는 정지", draw: "마우스로 상자를 그리세요", other: "편집기가 그릴 수 없는 글입니다. 실행하면 노드가 읽습니다.",
+    play: "재생 또는 정지", linked: "실행하면 연결된 상자가 보입니다", draw: "마우스로 상자를 그리세요", other: "편집기가 그릴 수 없는 글입니다. 실행하면 노드가 읽습니다.",
   },
 };
 
@@ -90,12 +90,15 @@ class BoxEditor {
     return image?.naturalWidth ? image : null;
   }
 
-  get object() { return this.plan?.objects[this.selected]; }
+  /** Whether the text comes from another node: then the boxes of the last run are shown, and not changed. */
+  get linked() { return this.node.inputs?.some((input) => input.name === "boxes" && input.link != null); }
+
+  get object() { return this.linked ? undefined : this.plan?.objects[this.selected]; }
 
   read() {
     if (this.saving) return;
     try {
-      this.plan = parse(this.value("boxes") ?? "", this.frames, [this.value("width") || 512, this.value("height") || 512]);
+      this.plan = parse((this.linked ? this.last?.text : this.value("boxes")) ?? "", this.frames, [this.value("width") || 512, this.value("height") || 512]);
     } catch { // the node says what is wrong with a text when it runs
       this.plan = null;
     }
@@ -133,7 +136,7 @@ class BoxEditor {
     if (!shown) return;
     this.last = shown;
     this.findPicture();
-    this.draw();
+    this.read();
   }
 
   // --- mouse -----------------------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ class BoxEditor {
 
   /** What a press on the picture starts: resizing, moving, or drawing a box. */
   grab(event) {
-    if (!this.plan) return null;
+    if (!this.plan || this.linked) return null;
     this.stop();
     const [x, y] = this.point(event), view = this.view();
     const near = (a, b, length) => Math.abs(a - b) * length <= HANDLE + 2;
@@ -248,7 +251,7 @@ class BoxEditor {
     const row = Math.floor((event.clientY - top.top) / top.height * this.line.clientHeight / ROW);
     this.frame = this.frameAt(event);
     if (row < this.plan.objects.length) this.select(row);
-    const object = this.plan.objects[row], key = object && keyAt(object, this.frame, this.frames);
+    const object = this.linked ? undefined : this.plan.objects[row], key = object && keyAt(object, this.frame, this.frames);
     this.draw();
     return (moved) => {
       const to = this.frameAt(moved);
@@ -374,7 +377,7 @@ class BoxEditor {
     if (this.image) pen.drawImage(this.image, view.x, view.y, view.w, view.h);
     pen.fillStyle = "#aaa";
     pen.textAlign = "center";
-    const hint = !this.plan ? this.texts.other : this.plan.objects.length ? "" : this.texts.draw;
+    const hint = !this.plan ? this.texts.other : this.plan.objects.length ? "" : this.linked ? this.texts.linked : this.texts.draw;
     pen.fillText(hint, view.x + view.w / 2, view.y + view.h / 2, view.w - 8);
     pen.textAlign = "left";
     this.plan?.objects.forEach((object, number) => this.drawObject(pen, view, object, number));
@@ -469,7 +472,7 @@ app.registerExtension({
     for (const name of ["boxes", "frames", "width", "height", "interpolation"])
       follow(node.widgets.find((one) => one.name === name), "callback", () => editor.read());
     follow(node, "onConfigure", () => editor.read());
-    follow(node, "onConnectionsChange", () => editor.findPicture());
+    follow(node, "onConnectionsChange", () => { editor.findPicture(); editor.read(); });
     follow(node, "onExecuted", (output) => editor.ran(output));
     follow(node, "onRemoved", () => editor.stop());
     node.setSize([Math.max(node.size[0], 460), Math.max(node.size[1], 720)]);
