@@ -34,7 +34,10 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Part:
-    """One dense attention: `rows` [m], its `queries` [m, n] and `keys` [m, l] of each row, None for all in order."""
+    """One dense attention: `rows` [m], the `queries` [m, n] and `keys` [m, l] of each row.
+
+    Index lists that all rows share are [1, n]; None means all tokens in order.
+    """
 
     rows: Tensor
     queries: Tensor | None
@@ -74,11 +77,16 @@ def partition(constraints: Sequence[Constraint], rows: int, device: torch.device
             merged.setdefault(seen.numpy().tobytes(), [seen]).append((group == index).nonzero().flatten())
         for seen, *members in merged.values():
             queries, visible = torch.cat(members).sort().values, seen.nonzero().flatten()
-            part = Part(of_pattern, queries.expand(len(of_pattern), -1), visible.expand(len(of_pattern), -1))
-            sized.setdefault((len(queries), len(visible)), []).append(part)
+            sized.setdefault((len(queries), len(visible)), []).append(Part(of_pattern, queries[None], visible[None]))
     parts = []
     for (queries, keys), alike in sized.items():
-        rows_, q, k = (torch.cat([getattr(part, name) for part in alike]) for name in ("rows", "queries", "keys"))
+        rows_, q, k = (part := alike[0]).rows, part.queries, part.keys
+        if len(alike) > 1:
+            rows_, order = torch.cat([part.rows for part in alike]).sort()  # a part of all rows has them in order
+            q, k = (
+                torch.cat([getattr(part, name).expand(len(part.rows), -1) for part in alike])[order]
+                for name in ("queries", "keys")
+            )
         whole = queries == query.shape[2], keys == key.shape[2]
         parts.append(Part(rows_, None if whole[0] else q, None if whole[1] else k).to(device))
     return parts
@@ -88,6 +96,8 @@ def _take(x: Tensor, part: Part, index: Tensor | None) -> Tensor:
     """Tokens `index` of x [rows, heads, tokens, dim] for the part's rows."""
     if index is None:
         return x if len(part.rows) == len(x) else x[part.rows]
+    if len(index) == 1 and len(part.rows) == len(x):
+        return x.index_select(2, index[0])
     flat = x.transpose(1, 2)  # hosts hand over tokens before heads, so this is contiguous as a rule
     return flat.reshape(-1, *flat.shape[2:])[part.rows[:, None] * x.shape[2] + index].transpose(1, 2)
 
@@ -95,11 +105,11 @@ def _take(x: Tensor, part: Part, index: Tensor | None) -> Tensor:
 def _take_bias(bias: Tensor | None, part: Part) -> Tensor | None:
     if bias is None:
         return None
-    bias = bias[part.rows]
+    bias, rows = bias[part.rows], len(part.rows)
     if part.queries is not None and bias.shape[2] > 1:
-        bias = bias.gather(2, part.queries[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
+        bias = bias.gather(2, part.queries[:, None, :, None].expand(rows, bias.shape[1], -1, bias.shape[3]))
     if part.keys is not None:
-        bias = bias.gather(3, part.keys[:, None, None].expand(-1, *bias.shape[1:3], -1))
+        bias = bias.gather(3, part.keys[:, None, None].expand(rows, *bias.shape[1:3], -1))
     return bias
 
 
@@ -119,6 +129,8 @@ def masked_attention(
         ).transpose(1, 2)
         if part.queries is None:
             out[part.rows] = found
+        elif len(part.queries) == 1 and len(part.rows) == len(q):
+            out[:, part.queries[0]] = found
         else:
             out.view(-1, *out.shape[2:])[part.rows[:, None] * q.shape[2] + part.queries] = found
     return out.transpose(1, 2)

@@ -3,6 +3,7 @@
 Masks are [frames, height, width], bool: the drawn one and the detected one, empty where nothing was detected.
 """
 
+import torch
 from torch import Tensor
 
 SMALL = 1e-5  # the authors' guard against empty unions

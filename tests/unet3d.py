@@ -82,7 +82,7 @@ class UNet3D:
         return (video + h).transpose(1, 2).flatten(0, 1)
 
     def attention(self, prefix, x, place):
-        w, (_, width, h, _) = self.part(prefix), x.shape
+        w, h = self.part(prefix), x.shape[2]
         tokens = group_norm(x, self.groups, w["norm.weight"], w["norm.bias"], 1e-6).flatten(2).transpose(1, 2)
         tokens = linear(tokens, w["proj_in.weight"], w["proj_in.bias"])
         block = transformer_block(self.part(f"{prefix}.transformer_blocks.0"), tokens.shape[2] // self.head)
