@@ -83,11 +83,10 @@ def frame_story_branches(
 def joint_constraint(cells: Tensor, captions: Tensor, image: slice, text: slice, length: int, name=None) -> Constraint:
     """The frame branch in one sequence of text and picture: picture tokens of cell f see caption f and the picture.
 
-    cells int64 [rows, image tokens], ANY where a row has no captions; captions int64 [text tokens]. Text sees everything,
-    and everything sees what is neither picture nor captioned text (references, padding).
+    cells int64 [rows, image tokens] and captions int64 [rows, text tokens] hold frames, ANY where a row has no captions. Text
+    sees everything, and everything sees what is neither picture nor captioned text (references, padding).
     """
-    query = torch.full((len(cells), length), ANY)
+    query, key = (torch.full((len(cells), length), ANY) for _ in range(2))
     query[:, image] = cells
-    key = torch.full((1, length), ANY)
-    key[0, text.start : text.start + len(captions)] = captions
+    key[:, text.start : text.start + captions.shape[1]] = captions
     return Constraint(query, key, name)

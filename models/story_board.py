@@ -85,7 +85,9 @@ class ContextExtractor(nn.Module):
     def forward(self, words: Tensor, targets: Tensor) -> Context:
         """words [n, frames, tokens, width], targets [n, frames] with 1 = to be drawn."""
         n, frames, length = words.shape[:3]
-        own = torch.cat([self.query, self.prior_query]).to(words) + self.mask_embed.to(words)[targets.long()][:, :, None]
+        own = (
+            torch.cat([self.query, self.prior_query]).to(words) + self.mask_embed.to(words)[targets.long()][:, :, None]
+        )
         found = self.frame_ln(self.frame_tf(torch.cat([words, own], 2).flatten(0, 1)))[:, length:]
         tokens, prior = found[:, :-1].unflatten(0, (n, frames)), self.prior_mlp(found[:, -1])
         placed = (tokens + self.frame_pos[:frames, None].to(words)).flatten(1, 2)
@@ -118,9 +120,7 @@ class LowRank(nn.Module):
 class FrameStoryAttention(nn.Module):
     """One cross-attention site: frozen projections shared by frame and story branch, each with its own LoRA."""
 
-    def __init__(
-        self, channels: int, width: int, heads: int, rank: int = 16, alpha: float = 16.0, operations=nn
-    ):
+    def __init__(self, channels: int, width: int, heads: int, rank: int = 16, alpha: float = 16.0, operations=nn):
         super().__init__()
         self.heads = heads
         self.to_q = operations.Linear(channels, channels, bias=False)

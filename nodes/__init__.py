@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import consistent, demo, sampler, story, storyboard
+from . import board, consistent, demo, sampler, story, storyboard
 
-NODE_FILES = (demo, story, consistent, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, sampler, storyboard, board)
 
 
 class StoryweftExtension(ComfyExtension):

@@ -81,7 +81,9 @@ def frames_of(text: str, count: int) -> tuple[int, ...]:
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         ends = (first, last) if dash else (first, first)
         if not all(end.isascii() and end.isdigit() and len(end) < 6 for end in ends):
-            raise ValueError(f"{part.strip()[:40]!r} is no frame number; write numbers from 1 to {count} such as '1, 3-4'")
+            raise ValueError(
+                f"{part.strip()[:40]!r} is no frame number; write numbers from 1 to {count} such as '1, 3-4'"
+            )
         low, high = int(ends[0]), int(ends[1])
         if not 1 <= low <= high <= count:
             raise ValueError(f"{part.strip()!r} names no frames of this board; it has frames 1 to {count}")
