@@ -229,7 +229,8 @@ def check_family(family, model, conditioning: list, blend: float, node_id: str) 
     joint = "cross" not in family.kinds
     if family.time_layers:
         raise ValueError(
-            f"{node_id}: {family.model_class} takes no captions, its frames are a time axis already; use an image model."
+            f"{node_id}: {family.model_class} with temporal layers takes no captions, its frames are a time axis already; use "
+            "an image model."
         )
     if joint and blend:
         raise ValueError(
