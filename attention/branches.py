@@ -32,11 +32,11 @@ class Branch:
 
 def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divide: Divide = partition) -> Tensor:
     """Sum over branches of weight x attention for q [rows, heads, Q, dim]. A weight of 0 leaves its branch out."""
-    out = torch.zeros_like(q)
+    acting = [branch for branch in branches if torch.is_tensor(branch.weight) or branch.weight != 0]
+    alone = len(acting) == 1 and acting[0].rows.indices(len(q)) == (0, len(q), 1)
+    out = None if alone else torch.zeros_like(q)
     touched: set[int] = set()
-    for branch in branches:
-        if not torch.is_tensor(branch.weight) and branch.weight == 0:
-            continue
+    for branch in acting:
         rows = range(*branch.rows.indices(len(q)))
         if branch.constraints:
             parts = divide(branch.constraints, len(rows), q.device)
@@ -45,6 +45,8 @@ def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divid
             found = attend(q[branch.rows], branch.k, branch.v, branch.bias)
         if torch.is_tensor(branch.weight) or branch.weight != 1:
             found = found * branch.weight
+        if alone:
+            return found
         if touched.isdisjoint(rows):
             out[branch.rows] = found
         else:

@@ -99,7 +99,9 @@ def _take(x: Tensor, part: Part, index: Tensor | None) -> Tensor:
     if len(index) == 1 and len(part.rows) == len(x):
         return x.index_select(2, index[0])
     flat = x.transpose(1, 2)  # hosts hand over tokens before heads, so this is contiguous as a rule
-    return flat.reshape(-1, *flat.shape[2:])[part.rows[:, None] * x.shape[2] + index].transpose(1, 2)
+    places = (part.rows[:, None] * x.shape[2] + index).flatten()
+    taken = flat.reshape(-1, *flat.shape[2:]).index_select(0, places)  # several times faster than x[places] on a CPU
+    return taken.view(*index.shape, *flat.shape[2:]).transpose(1, 2)
 
 
 def _take_bias(bias: Tensor | None, part: Part) -> Tensor | None:

@@ -86,6 +86,9 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     family = families.find(guider.model_patcher, "Storyweft")
     rules = tuple(rule for rule in options[RULES] if not rule.neutral)
     run = Run(rules, family, tuple(noise.shape), sigmas.tolist()) if rules else Idle()
+    run.base, run.start, run.mask = guider.model_patcher.model, latent_image, _denoise_mask(*args, **kwargs)
+    if any(rule.finished(run) for rule in rules):
+        return latent_image
     options[KEY] = run
     try:
         out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -97,6 +100,10 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
         out = rule.result(run, out)
     run.finish()
     return out
+
+
+def _denoise_mask(denoise_mask=None, *args, **kwargs):
+    return denoise_mask
 
 
 def _predict_noise(executor, x, timestep, model_options, seed):

@@ -37,6 +37,10 @@ class Rule:
         """State of one run, kept in run.state[self]."""
         return
 
+    def finished(self, run) -> bool:
+        """Whether the latents that the sampler was given need no sampling; they are then returned as they came."""
+        return False
+
     def begin(self, run) -> None:
         """Check the run, once its conditionings are known and before the model is called. Raises ValueError."""
 

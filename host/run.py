@@ -18,7 +18,15 @@ def enclosing_step(sigmas: list[float], sigma: float) -> int:
 
 
 class Run:
-    """One call of the guider. Rules keep what they need for its length in `state[rule]`."""
+    """One call of the guider. Rules keep what they need for its length in `state[rule]`.
+
+    base is the host's model, start the latents that the sampler was given, in the model's latent scale as decoded, mask its
+    denoise mask [rows, channels, ...] or None.
+    """
+
+    base: Any = None
+    start: Any = None
+    mask: Any = None
 
     def __init__(self, rules: tuple, family, latent_shape: tuple[int, ...], sigmas: list[float]):
         self.rules = rules

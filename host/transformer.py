@@ -89,6 +89,10 @@ class TransformerFamily:
         """Numbers in the keys and values of one row of each layer, for latents [rows, channels, (frames,) h, w]."""
         return dict.fromkeys(self.layers, 2 * math.prod(self._grid(latent_shape)) * self.width)
 
+    def cell_unit(self) -> int:
+        """Latent cells that a part of the picture must be a multiple of to begin and end between tokens."""
+        return max(self.form.patch[1:])
+
     def _grid(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         sides = (1, *latent_shape[2:])[-3:]
         return tuple(math.ceil(side / patch) for side, patch in zip(sides, self.patch, strict=True))

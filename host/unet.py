@@ -40,12 +40,18 @@ class UNetFamily:
             for layer in self.layers
         }
 
+    def cell_unit(self) -> int:
+        """Latent cells that a part of the picture must be a multiple of to begin and end between tokens in every layer."""
+        return 2 ** max(self._halvings(layer) for layer in (*self.layers, *self.cross_layers))
+
     def _tokens(self, layer: Layer, size: tuple[int, int]) -> int:
+        return math.prod(math.ceil(side / 2 ** self._halvings(layer)) for side in size)
+
+    def _halvings(self, layer: Layer) -> int:
         halved = self.downsamples[: layer.block + 1] if layer.path == "input" else self.downsamples
-        times = sum(halved)
         if layer.path == "output":
-            times = sum(self.downsamples[: len(self.downsamples) - layer.block])
-        return math.prod(math.ceil(side / 2**times) for side in size)
+            halved = self.downsamples[: len(self.downsamples) - layer.block]
+        return sum(halved)
 
     def add_patches(self, model) -> None:
         model.set_model_attn1_patch(mark_self)
