@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import consistent, demo, sampler, story, storyboard
+from . import apa, consistent, demo, sampler, story, storyboard
 
-NODE_FILES = (demo, story, consistent, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, sampler, storyboard, apa)
 
 
 class StoryweftExtension(ComfyExtension):
