@@ -31,8 +31,11 @@ def _make(diffusion_model, node_id: str):
     )
 
 
-def window_items(window, rows: int) -> tuple[int, ...]:
-    """Latent index of each row of a model call inside a context window."""
+def call_items(options: dict, rows: int) -> tuple[int, ...]:
+    """Latent index of each row of a model call, inside a context window of core or of AnimateDiff-Evolved."""
+    window, evolved = options.get("context_window"), options.get("ad_params", {}).get("sub_idxs")
+    if window is None:
+        return tuple(range(rows)) if evolved is None else tuple(evolved)
     index = list(window.index_list)
     anchor = [window.causal_anchor_index] if rows == len(index) + 1 else []
     return tuple(anchor + index) if window.dim == 0 else tuple(range(rows))

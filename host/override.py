@@ -136,7 +136,7 @@ class Call:
         self.text = text
         self.kwargs = kwargs
         rows = len(x) // len(self.entries)
-        self.items = tuple(range(rows)) if self.window is None else families.window_items(self.window, rows)
+        self.items = families.call_items(options, rows)
         self.count: Counter = Counter()  # attention calls by whatever the family counts
         replaces = options.get("patches_replace", {})
         self.replaces = {"self": replaces.get("attn1", {}), "cross": replaces.get("attn2", {})}

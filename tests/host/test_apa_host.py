@@ -302,6 +302,15 @@ def test_tokens_of_each_frame_follow_context_windows(sd15):
     assert apart(tiny.sample(model, positive, negative, start), whole) < 2e-5
 
 
+def test_tokens_of_each_frame_follow_the_windows_of_animatediff_evolved(sd15):
+    """That pack says in ad_params which frames the rows of a call are."""
+    tokens, order = tokens_of(sd15, 3, ROWS), [2, 0, 1]
+    model = aligned(sd15, tokens=tokens)
+    model.model_options["transformer_options"]["ad_params"] = {"sub_idxs": order}
+    expected = tiny.sample(aligned(sd15, tokens=tokens[order]), *inputs("sd15"))
+    assert apart(tiny.sample(model, *inputs("sd15")), expected) < 2e-5
+
+
 def test_a_patch_of_another_pack_counts_as_text(sd15):
     """A stand-in of IPAdapter_plus, which replaces attn2 of each block, before or after ours in the graph."""
     adapter, tokens, blank = adapter_for(sd15, 7), tokens_of(sd15, 8), tokens_of(sd15, 9)
