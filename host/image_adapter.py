@@ -9,12 +9,15 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..models.ip_adapter import TEXT_FAMILIES, ImageAdapter, build, in_file_order
-from .demo import read_weights
+from .demo import WEIGHTS, read_weights
 
+SUBJECTS = WEIGHTS / "subjects"
 GUIDANCE = ("IP-Adapter", "IPAdapter_plus", "MagDiff")
 ALPHAS = {"alpha_text": "text_cross_attention_scale", "alpha_image": "image_cross_attention_scale"}
 ENCODERS = {1024: "ViT-H", 1280: "ViT-bigG"}
@@ -52,6 +55,17 @@ def load(path: str, node_id: str) -> LoadedAdapter:
 def load_demo() -> LoadedAdapter:
     """The adapter of weights/ for the demo U-Net."""
     return LoadedAdapter("demo adapter", build(read_weights("adapter")[0], "demo adapter", comfy.ops.manual_cast))
+
+
+def demo_subjects() -> list[str]:
+    """Names of the pictures in weights/subjects."""
+    return sorted(path.stem for path in SUBJECTS.glob("*.png"))
+
+
+def demo_subject(name: str) -> tuple[Tensor, Tensor]:
+    """A page [1, h, w, 3] and the mask [1, h, w] of its character, kept in the picture's alpha channel."""
+    pixels = torch.from_numpy(np.asarray(Image.open(SUBJECTS / f"{name}.png").convert("RGBA"))) / 255
+    return pixels[None, ..., :3], pixels[None, ..., 3]
 
 
 def read_alphas(path: str, layers: int, node_id: str) -> tuple[tuple[float, float], ...]:

@@ -306,6 +306,33 @@ class Subject(io.ComfyNode):
         return mask if size == own else magdiff.resized(mask, size)
 
 
+class DemoSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="StoryweftDemoSubject",
+            display_name="Demo Subject (Storyweft)",
+            category="Storyweft/Demo",
+            description="A picture-book page and the mask of its character, to try subject pictures without any file of your own.",
+            search_aliases=["demo picture", "subject example"],
+            inputs=[
+                io.Combo.Input(
+                    "subject",
+                    options=adapters.demo_subjects(),
+                    tooltip="Which character; each stands in a scene of its own.",
+                )
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The page, 128 x 128."),
+                io.Mask.Output("mask", tooltip="White where the character is."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, subject) -> io.NodeOutput:
+        return io.NodeOutput(*adapters.demo_subject(subject))
+
+
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 
-NODES = [LoadImageAdapter, Subject, AdaptivePromptAlignment]
+NODES = [LoadImageAdapter, Subject, AdaptivePromptAlignment, DemoSubject]

@@ -236,15 +236,15 @@ class Trainer:
         path = f"{self.args.folder}/adapter.safetensors"
         save_file({k: v.half().contiguous() for k, v in adapter.state_dict().items()}, path + ".part", metadata)
         os.replace(path + ".part", path)
-        captions = held_out(6)
-        found, names = [], [(c, h) for c in range(len(COLOURS)) for h in (0, 2)][::3]
-        for colour, hat in names:
+
+    def show(self) -> None:
+        """Sheet of samples: a reference, then six captions drawn with it, for four identities."""
+        captions, found = held_out(6), []
+        for colour, hat in [(c, h) for c in range(len(COLOURS)) for h in (0, 2)][::3]:
+            names = (next(iter(KINDS)), list(COLOURS)[colour], HATS[hat])
             embedding = self.references[0, colour, hat, :1].expand(len(captions), -1)
-            reference = cut_out(
-                np.random.default_rng(0),
-                *(list(x)[i] for x, i in zip((KINDS, COLOURS, HATS), (0, colour, hat), strict=True)),
-            )
-            found += [reference, *draw(self.adapted, embedding, captions, self.text, self.decode, 0)]
+            found += [cut_out(np.random.default_rng(0), *names)]
+            found += list(draw(self.adapted, embedding, captions, self.text, self.decode, 0))
         sheet(found, f"{self.args.folder}/adapter_{self.step}.png", columns=len(captions) + 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -276,6 +276,7 @@ class Trainer:
                 self.save()
                 kept = time.time()
         self.save()
+        self.show()
 
 
 def main() -> None:
