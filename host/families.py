@@ -36,6 +36,8 @@ def window_items(window, rows: int, dim: int = 0) -> tuple[int, ...]:
 
     A window along another dimension leaves them as they are.
     """
+    if window is None:
+        return tuple(range(rows))
     index = list(window.index_list)
     anchor = [window.causal_anchor_index] if rows == len(index) + 1 else []
     return tuple(anchor + index) if window.dim == dim else tuple(range(rows))

@@ -152,10 +152,8 @@ class Call:
         self.text = text
         self.kwargs = kwargs
         rows = len(x) // len(self.entries)
-        self.items = tuple(range(rows)) if self.window is None else families.window_items(self.window, rows)
-        frames = (options.get("ad_params") or {}).get("sub_idxs")  # AnimateDiff-Evolved's own context windows
-        if frames is not None:
-            self.items = tuple(frames)
+        evolved = (options.get("ad_params") or {}).get("sub_idxs")  # AnimateDiff-Evolved's own context windows
+        self.items = families.window_items(self.window, rows) if evolved is None else tuple(evolved)
         self.count: Counter = Counter()  # attention calls by whatever the family counts
         replaces = options.get("patches_replace", {})
         self.replaces = {"self": replaces.get("attn1", {}), "cross": replaces.get("attn2", {})}
