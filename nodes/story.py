@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..host.prompts import encode_panels
-from ..story.script import MAX_PANELS, Story, parse_script
+from ..story.script import MAX_PANELS, ScriptError, Story, parse_script
 from ..story.selection import SelectionError, select_panels
 
 StoryType = io.Custom("STORYWEFT_STORY")
@@ -62,7 +62,10 @@ class StoryweftScript(io.ComfyNode):
 
     @classmethod
     def execute(cls, characters, panels, id_panels, style="") -> io.NodeOutput:
-        story = parse_script(characters, panels, style, id_panels)
+        try:
+            story = parse_script(characters, panels, style, id_panels)
+        except ScriptError as error:
+            raise ValueError(str(error)) from error      # the page shows the class beside the sentence
         preview = story.describe()
         server = getattr(PromptServer, "instance", None)     # absent where nodes run without a page
         if server is not None and cls.hidden is not None and cls.hidden.unique_id is not None:

@@ -3,11 +3,11 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 from loading import ROOT
 from safetensors import safe_open
 from storyweft.metrics.facts import FactNet, load_reader, pair_agreement, read
+from storyweft.training import storybook
 
 LABELS = {"kind": ["fox", "owl"], "time": ["day", "night", "sunset"]}
 
@@ -25,7 +25,6 @@ def test_net_gives_one_score_per_label_and_a_box_inside_the_picture():
 
 
 def test_released_classifier_reads_drawn_pages():
-    storybook = pytest.importorskip("storyweft.training.storybook", reason="drawing the world needs resvg_py")
     with safe_open(ROOT / "weights" / "facts.safetensors", "pt") as file:
         net = load_reader({name: file.get_tensor(name) for name in file.keys()}, file.metadata())  # noqa: SIM118
     pages = [storybook.sample(np.random.default_rng((99, index)), "one") for index in range(40)]
@@ -36,7 +35,6 @@ def test_released_classifier_reads_drawn_pages():
 
 
 def test_labels_of_the_weights_match_the_world():
-    storybook = pytest.importorskip("storyweft.training.storybook", reason="drawing the world needs resvg_py")
     with safe_open(ROOT / "weights" / "facts.safetensors", "pt") as file:
         labels = json.loads(file.metadata()["config"])["labels"]
     assert (labels["kind"], labels["place"]) == (list(storybook.KINDS), list(storybook.PLACES))

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-storybook = pytest.importorskip("storyweft.training.storybook", reason="drawing the world needs resvg_py")
+from storyweft.training import storybook
 
 
 def page(seed: int, form: str | None = None, **known):

@@ -1,6 +1,7 @@
 """What can go wrong around the pack ends in one sentence; what is there is not made twice."""
 import errno
 import socket
+import subprocess
 import sys
 import tarfile
 
@@ -52,12 +53,48 @@ def test_a_failing_step_gives_its_last_error_in_one_sentence(home):
         environment.run([sys.executable, "-c", script], "installing")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/a/file"), environment.Trouble("port 8188 is busy")])
-def test_trouble_is_one_line_and_exit_status_1(home, error):
+@pytest.mark.parametrize(("error", "sentence"), [
+    (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "the disk is full at /a/file; free some space and run it again."),
+    (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "Permission denied (/a/file); mend that and run it again."),
+    (environment.Trouble("port 8188 is busy"), "port 8188 is busy"),
+])
+def test_trouble_is_one_line_and_exit_status_1(home, error, sentence):
     with pytest.raises(SystemExit) as ended, environment.one_sentence():
         raise error
-    assert str(ended.value).startswith("storyweft: ")
-    assert "\n" not in str(ended.value)
+    assert str(ended.value) == f"storyweft: {sentence}"
+
+
+def test_too_little_room_is_said_before_anything_is_downloaded(home, monkeypatch):
+    monkeypatch.setattr(environment, "free", lambda place: 2e9)
+    monkeypatch.setattr(environment, "run", lambda *a: pytest.fail("something was run"))
+    with pytest.raises(environment.Trouble, match="^2.0 GB are free: the disk is full at .*; free about 8 GB, or set STORYWEFT_ENV"):
+        environment.build()
+
+
+def test_a_step_that_fails_on_a_full_disk_says_so_whatever_it_printed(home, monkeypatch):
+    monkeypatch.setattr(environment, "free", lambda place: 1e6)
+    with pytest.raises(environment.Trouble, match="^making it failed: the disk is full at"):
+        environment.run([sys.executable, "-c", "import sys; sys.exit('ensurepip returned 1')"], "making it")
+
+
+def test_a_base_folder_follows_the_repository(tmp_path):
+    link = tmp_path / "custom_nodes" / "storyweft"
+    for old in (tmp_path / "gone", tmp_path):
+        serve.prepare(tmp_path)
+        assert link.resolve() == ROOT
+        link.unlink()
+        link.symlink_to(old)
+    serve.prepare(tmp_path)
+    assert link.resolve() == ROOT
+
+
+def test_a_server_that_dies_while_starting_is_said_with_its_last_line(tmp_path):
+    log = tmp_path / "server.log"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit('no such thing')"], stderr=out)
+    process.wait()
+    with pytest.raises(environment.Trouble, match="ComfyUI stopped while starting: no such thing .log: .*server.log"):
+        serve.wait(process, serve.free_port(), log)
 
 
 def test_a_full_disk_while_installing_says_how_much_is_needed(home):

@@ -46,6 +46,8 @@ async def draw(url: str, graph: dict) -> dict:
                 print(bar(data["value"], data["max"]), end="", flush=True)
             elif event["type"] == "execution_error":
                 raise Trouble(f"{data['node_type']} failed: {data['exception_message'].strip()}")
+        else:
+            raise Trouble(f"ComfyUI stopped while it was drawing (log: {OUTPUT / 'comfyui' / 'server.log'}).")
         print()
         async with session.get(f"{url}/history/{queued['prompt_id']}") as answer:
             return (await answer.json())[queued["prompt_id"]]["outputs"]

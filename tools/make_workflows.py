@@ -5,6 +5,7 @@ forms back, so that they are what a user's own "Save" and "Export (API)" would w
 """
 
 import json
+import shutil
 import sys
 import tempfile
 import urllib.request
@@ -63,7 +64,7 @@ def main() -> None:
         urllib.request.urlopen(
             urllib.request.Request(f"{url}/api/settings", body, {"Content-Type": "application/json"})
         ).close()
-        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=BROWSER)
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         page.goto(url, wait_until="domcontentloaded")
         page.wait_for_function(READY, timeout=120000)

@@ -38,7 +38,9 @@ def prepare(base: Path) -> None:
     for name in ("custom_nodes", "input", "output", "models", "user", "temp"):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / "storyweft"
-    if not link.exists():
+    if link.is_symlink() and link.resolve() != ROOT:  # the repository was moved or copied together with output/
+        link.unlink()
+    if not link.is_symlink():
         link.symlink_to(ROOT)
 
 

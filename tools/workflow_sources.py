@@ -150,7 +150,7 @@ def consistent_story() -> tuple[dict, str]:
     loader, script, positive, negative = _demo(graph, "[Fox] a fox", "\n".join(FOX.splitlines()[:4]), 4)
     block = _block(graph, loader())
     latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=script(1))
-    drawn = _sampler(graph, block(), positive(), negative(), latent(), 3)
+    drawn = _sampler(graph, block(), positive(), negative(), latent(), 7)
     pictures = _sheet(graph, drawn(), loader(2), script(), "consistent_story")
     graph.add("SaveImage", "Save Panels", images=pictures, filename_prefix="storyweft/consistent_story_panel")
     return graph.nodes, (
@@ -164,7 +164,7 @@ def long_story() -> tuple[dict, str]:
     graph = Graph()
     loader, script, positive, negative = _demo(graph, "[Fox] a fox", FOX, 4)
     latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=1)
-    drawn = _story_sampler(graph, _block(graph, loader())(), positive(), negative(), latent(), 3)
+    drawn = _story_sampler(graph, _block(graph, loader())(), positive(), negative(), latent(), 9)
     _sheet(graph, drawn(), loader(2), script(), "long_story")
     graph.add("StoryweftSaveCharacter", "Save Character", character=drawn(1), filename_prefix="demo")
     graph.add("PreviewAny", "Report", source=drawn(2))
@@ -179,7 +179,7 @@ def two_characters() -> tuple[dict, str]:
     graph = Graph()
     loader, script, positive, negative = _demo(graph, "[Fox] a fox\n[Robot] a robot", TWO, 2)
     latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=1)
-    drawn = _story_sampler(graph, _block(graph, loader())(), positive(), negative(), latent(), 11)
+    drawn = _story_sampler(graph, _block(graph, loader())(), positive(), negative(), latent(), 2)
     _sheet(graph, drawn(), loader(2), script(), "two_characters", "comic")
     return graph.nodes, (
         "## Two characters\nEach character is defined by the first two panels that name only it. Panels read the characters they name; "

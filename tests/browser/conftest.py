@@ -1,4 +1,5 @@
 import json
+import shutil
 import urllib.request
 
 import pytest
@@ -25,7 +26,7 @@ def page(comfy):
     body = json.dumps(SETTINGS).encode()
     urllib.request.urlopen(urllib.request.Request(f"{comfy.url}/api/settings", body, {"Content-Type": "application/json"})).close()
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=BROWSER)
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
         page = browser.new_page(viewport={"width": 1800, "height": 1100})
         page.goto(comfy.url, wait_until="domcontentloaded")
         page.wait_for_function(READY, timeout=120000)

@@ -18,15 +18,29 @@ QUEUE = """() => new Promise(async done => {
 })"""
 
 
+RED = """() => app.graph.nodes.filter(node => node.has_errors).map(node => node.title)"""
+PICTURES = """() => app.graph.nodes.filter(node => node.type === 'SaveImage' && !node.imgs?.length).length === 0"""
+CROWDED = """() => {
+    const boxes = app.graph.nodes.map(node => [node.title, ...node.getBounding()]), pairs = [];
+    for (const [one, x, y, w, h] of boxes)
+        for (const [other, X, Y, W, H] of boxes)
+            if (one !== other && x < X + W && X < x + w && y < Y + H && Y < y + h) pairs.push(`${one} over ${other}`);
+    return pairs;
+}"""
+
+
 def open_workflow(page, name: str) -> None:
     missing = page.evaluate(OPEN, [json.loads((ROOT / "workflows" / f"{name}.json").read_text()), name])
     assert not missing
 
 
 def shown(page, screenshots, name: str) -> None:
+    """The whole graph in the window: no node over another, and large enough that the page writes the titles."""
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(2000)
     page.screenshot(path=str(screenshots / f"{name}.png"))
+    assert page.evaluate(CROWDED) == []
+    assert page.evaluate("() => app.canvas.low_quality") is False
 
 
 @pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in RUNNABLE])
@@ -37,31 +51,16 @@ def test_a_workflow_for_other_models_opens_without_missing_nodes(page, screensho
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_workflow_runs_from_the_page_and_shows_its_pictures(page, screenshots, name):
-    open_workflow(page, name)
     if name == "saved_character":       # its loader lists the file that long_story has just saved
         page.evaluate("async () => { await app.refreshComboInNodes(); }")
+    open_workflow(page, name)
     kind, detail = page.evaluate(QUEUE)
     assert kind == "execution_success", detail
     images = page.evaluate("() => Object.values(app.nodeOutputs).flatMap(output => output.images || [])")
     assert images
     shown(page, screenshots, name)
-
-
-@pytest.mark.parametrize("node", NODES)
-def test_the_help_page_of_a_node_opens(page, node):
-    title = (ROOT / "web" / "docs" / f"{node}.md").read_text().splitlines()[0].removeprefix("# ")
-    page.evaluate("""async type => {
-        await app.loadGraphData({nodes: [], links: [], version: 0.4}, true, true, 'help');
-        const node = LiteGraph.createNode(type);
-        app.graph.add(node);
-        app.canvas.selectNode(node);
-        node.pos = [200, 200];
-        app.canvas.setDirty(true, true);
-    }""", node)
-    page.wait_for_selector('[data-testid="info-button"]', timeout=15000)
-    page.click('[data-testid="info-button"]')
-    page.wait_for_selector(f'h1:has-text("{title}")', timeout=15000)
-    page.keyboard.press("Escape")
+    assert page.evaluate(RED) == []
+    page.wait_for_function(PICTURES, timeout=15000)
 
 
 def test_a_bad_input_shows_its_sentence_in_the_page(page, screenshots):
@@ -77,3 +76,31 @@ def test_a_bad_input_shows_its_sentence_in_the_page(page, screenshots):
     page.wait_for_timeout(2000)
     page.screenshot(path=str(screenshots / "error.png"))
     assert "StoryweftScript: panels, line 1" in page.content()
+
+
+@pytest.fixture(scope="module", params=["en", "ko"])      # last in the file: the page lays its graph anew after the switch
+def language(page, request):
+    page.evaluate("async language => { await app.extensionManager.setting.set('Comfy.Locale', language); }", request.param)
+    texts = json.loads((ROOT / "locales" / request.param / "nodeDefs.json").read_text())
+    titled = "title => LiteGraph.registered_node_types.StoryweftScript.title === title"
+    page.wait_for_function(titled, arg=texts["StoryweftScript"]["display_name"], timeout=30000)
+    page.wait_for_timeout(2000)
+    return request.param
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_help_page_of_a_node_opens_in_its_language(page, node, language):
+    text = ROOT / "web" / "docs" / (f"{node}.md" if language == "en" else f"{node}/{language}.md")
+    title = text.read_text().splitlines()[0].removeprefix("# ")
+    page.evaluate("""async type => {
+        await app.loadGraphData({nodes: [], links: [], version: 0.4}, true, true, 'help');
+        const node = LiteGraph.createNode(type);
+        app.graph.add(node);
+        app.canvas.selectNode(node);
+        node.pos = [200, 200];
+        app.canvas.setDirty(true, true);
+    }""", node)
+    page.wait_for_selector('[data-testid="info-button"]', timeout=15000)
+    page.click('[data-testid="info-button"]')
+    page.wait_for_selector(f'h1:has-text("{title}")', timeout=15000)
+    page.keyboard.press("Escape")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from storyweft.host import demo
+from storyweft.training import storybook
 
 import nodes
-
-storybook = pytest.importorskip("storyweft.training.storybook", reason="drawing the world needs resvg_py")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from storyweft.nodes.story import NODES as STORY_NODES
 from storyweft.nodes.story import StoryweftPanelConditioning, StoryweftScript
 from storyweft.nodes.storyboard import NODES as SHEET_NODES
 from storyweft.nodes.storyboard import StoryweftStoryboard
-from storyweft.story.script import ScriptError, parse_script
+from storyweft.story.script import parse_script
 
 import nodes
 
@@ -234,6 +234,7 @@ def test_a_refusal_reaches_the_page_as_one_sentence(monkeypatch):
     executor, _ = execute(monkeypatch, script_graph(characters="[Ana] a girl", panels="[Zed] runs", id_panels=1))
     assert not executor.success
     message = executor.status_messages[-1][1]["exception_message"]
+    assert executor.status_messages[-1][1]["exception_type"] == "ValueError"
     assert message.strip() == (
         "StoryweftScript: panels, line 1, '[Zed] runs': the tag [Zed] is unknown; known are [Ana], [NC]; define it in "
         "characters or correct it"
@@ -260,7 +261,7 @@ def test_all_three_nodes_run_in_one_graph(monkeypatch):
 def test_without_a_page_the_script_node_still_runs(monkeypatch):
     monkeypatch.delattr(server.PromptServer, "instance", raising=False)
     assert run_node(StoryweftScript, characters="", panels="a fox", id_panels=4).result[1] == 1
-    with pytest.raises(ScriptError, match="is empty"):
+    with pytest.raises(ValueError, match="^StoryweftScript: panels: is empty"):
         run_node(StoryweftScript, characters="", panels=" ", id_panels=4)
 
 
