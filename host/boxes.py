@@ -44,7 +44,7 @@ def ground(size: tuple[int, int]) -> Image.Image:
 
 
 def fill_boxes(track: BoxTrack, size: tuple[int, int]) -> np.ndarray:
-    """Union of all objects, float32 [frames, height, width]; `size` is (width, height)."""
+    """All objects together, float32 [frames, height, width] of 0 and 1; `size` is (width, height)."""
     width, height = size
     masks = np.zeros((track.frames, height, width), dtype=np.float32)
     for item in track.objects:
