@@ -23,6 +23,9 @@ def test_ids_that_were_released_stay():
         "StoryweftRecallCharacter",
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
+        "StoryweftBoxTrack",
+        "StoryweftBoxPlanPrompt",
+        "StoryweftBoxPlanner",
     }
 
 
