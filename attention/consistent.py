@@ -1,8 +1,8 @@
 """Consistent Self-Attention: pictures of one batch also look at a random half of each other's tokens.
 
 StoryDiffusion, arXiv 2405.01434, equations 1 to 3, in the gathered form of the authors' low-memory demo: the keys of
-a panel are the sampled tokens of the panels it reads and all of its own tokens, each exactly once. No mask of
-(tokens of all panels)² is built. The sliding window of the paper's pseudo code is here too, with own tokens counted
+a panel are the sampled tokens of the panels it reads and all of its own tokens, each exactly once (joined.py). No mask
+of (tokens of all panels)² is built. The sliding window of the paper's pseudo code is here too, with own tokens counted
 once as equation 2 says (the printed pseudo code counts sampled own tokens twice).
 """
 
@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .core import Attend
-
-KeyValue = tuple[Tensor, Tensor]  # [heads, tokens, dim] each
+from .joined import Piece, joined_attention
 
 
 @dataclass(frozen=True)
@@ -60,33 +58,9 @@ def share_layers(options: ConsistentOptions, evaluation: tuple[int, int], layers
     return (draw < probability).tolist()
 
 
-def sampled_tokens(k: Tensor, v: Tensor, draw: Sequence[Tensor]) -> list[KeyValue]:
-    """Keys and values of the drawn tokens of each row: k, v [rows, heads, tokens, dim], draw bool [tokens] a row."""
-    index = [mask.nonzero().flatten().to(k.device) for mask in draw]
-    return [(k[row, :, i], v[row, :, i]) for row, i in enumerate(index)]
-
-
-def consistent_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Sequence[Sequence[KeyValue]], attend: Attend, bias: Tensor | None = None
-) -> Tensor:
-    """Attention of each row over its own tokens, all of them once, and the key-value pieces it may see.
-
-    q [rows, heads, Q, dim]; k, v [rows, heads, K, dim]; seen[row] a list of pieces ([heads, n, dim], same), which must
-    not hold tokens of the row itself: they would weigh double. bias [rows, heads or 1, Q or 1, K] is added to the logits
-    of own tokens. A row with no pieces gives plain attention. Equation 2 and 3 of arXiv 2405.01434; returns
-    [rows, heads, Q, dim].
-    """
-    out = torch.empty_like(q)
-    plain = [row for row, pieces in enumerate(seen) if not pieces]
-    if plain:
-        out[plain] = attend(q[plain], k[plain], v[plain], None if bias is None else bias[plain])
-    for row, pieces in enumerate(seen):
-        if pieces:
-            keys = torch.cat([k[row], *(piece[0] for piece in pieces)], dim=1)
-            values = torch.cat([v[row], *(piece[1] for piece in pieces)], dim=1)
-            longer = None if bias is None else pad(bias[row : row + 1], (0, keys.shape[1] - bias.shape[-1]))
-            out[row] = attend(q[row : row + 1], keys[None], values[None], longer)[0]
-    return out
+def sampled_tokens(k: Tensor, v: Tensor, draw: Sequence[Tensor]) -> list[Piece]:
+    """The drawn tokens of each row as pieces: k, v [rows, heads, tokens, dim], draw bool [tokens] a row."""
+    return [Piece(k[row], v[row], mask.nonzero().flatten().to(k.device), row) for row, mask in enumerate(draw)]
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, draws: Tensor, attend: Attend) -> Tensor:
@@ -102,7 +76,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, draws: Tensor, attend: Att
         rows = slice(start, start + width)
         pieces = sampled_tokens(k[rows], v[rows], draw)
         seen = [pieces[:row] + pieces[row + 1 :] for row in range(width)]
-        total[rows] += consistent_attention(q[rows], k[rows], v[rows], seen, attend)
+        total[rows] += joined_attention(q[rows], k[rows], v[rows], seen, attend)
         for row in range(start, start + width):
             count[row] += 1
     return total / torch.tensor(count, dtype=q.dtype, device=q.device)[:, None, None, None]

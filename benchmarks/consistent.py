@@ -1,7 +1,8 @@
 """Consistent Self-Attention: gathered form against the authors' masked form, the idle block, and a 100-panel story.
 
-`python -m benchmarks.consistent` writes docs/benchmarks.md. Times are medians of runs taken in turn, memory is what a
-fresh process's peak grows by while it runs one form.
+`python -m benchmarks.consistent` writes docs/benchmarks.md. Times are CPU seconds of one thread, so that other work on the
+machine does not blur the ratios, and medians of runs taken in turn; memory is what a fresh process's peak grows by while
+it runs one form.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import torch
 
 from . import pack  # noqa: F401
 
-from storyweft.attention.consistent import ConsistentOptions, consistent_attention, sampled_tokens  # isort: skip
+from storyweft.attention.consistent import ConsistentOptions, sampled_tokens  # isort: skip
+from storyweft.attention.joined import joined_attention  # isort: skip
 from storyweft.attention.core import attend  # isort: skip
 
 HEADS, DIM = 10, 64
@@ -31,7 +33,7 @@ def inputs(panels: int, tokens: int):
 
 def gathered(q, k, v, draw):
     pieces = sampled_tokens(k, v, draw)
-    return consistent_attention(q, k, v, [pieces[:row] + pieces[row + 1 :] for row in range(len(q))], attend)
+    return joined_attention(q, k, v, [pieces[:row] + pieces[row + 1 :] for row in range(len(q))], attend)
 
 
 def masked(q, k, v, draw):
@@ -47,13 +49,13 @@ def masked(q, k, v, draw):
 
 
 def in_turn(forms, repeats: int) -> list[float]:
-    """Median seconds of each form, run in turn."""
+    """Median CPU seconds of each form, run in turn."""
     seconds = [[] for _ in forms]
     for _ in range(repeats + 1):
         for kept, form in zip(seconds, forms, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             form()
-            kept.append(time.perf_counter() - start)
+            kept.append(time.process_time() - start)
     return [statistics.median(kept[1:]) for kept in seconds]
 
 
@@ -157,9 +159,9 @@ def long_story(panels: int) -> list[str]:
     seconds, real = [], comfy.sample.sample
 
     def timed(*args, **kwargs):
-        start = time.perf_counter()
+        start = time.process_time()
         out = real(*args, **kwargs)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         return out
 
     comfy.sample.sample = timed
@@ -184,11 +186,12 @@ def main() -> None:
     parser.add_argument("--panels", type=int, default=100)
     parser.add_argument("--out", default="docs/benchmarks.md")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         lines = [
             "# Benchmarks",
             "",
-            f"`make bench`, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads.",
+            f"`make bench`, torch {torch.__version__}, {platform.machine()}, CPU seconds of one thread.",
             "",
             *forms(args.repeats),
             *idle(args.repeats),

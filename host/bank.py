@@ -134,7 +134,7 @@ def _check_widths(character: Character, run, who: str) -> None:
     """SD1.5 and SDXL are one model class: layer inputs must have the channels of this model's layers."""
     if not run.family.picture_only:
         return
-    widths = {layer.ordinal: module.to_k.in_features for layer, module in run.family.modules.items()}
+    widths = {layer.ordinal: run.family.modules[layer].to_k.in_features for layer in run.family.layers}
     for key, tensor in character.tensors.items():
         ordinal = int(key.split(".")[2])
         if widths.get(ordinal) != tensor.shape[-1]:

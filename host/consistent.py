@@ -4,22 +4,18 @@ Panels that only name one character and come first write; every panel naming it 
 from there and no longer written. Rows of an unmarked conditioning all show one nameless character and all write.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from ..attention.consistent import (
-    ConsistentOptions,
-    consistent_attention,
-    draw_tokens,
-    sampled_tokens,
-    share_layers,
-    window_attention,
-)
+from ..attention.consistent import ConsistentOptions, draw_tokens, share_layers, window_attention
 from ..attention.core import split_heads
+from ..attention.joined import Piece
 from . import bank
 from .layout import Layer, Layout
+from .rule import Rule
 
 PATHS = {
     "output path": ("output",),
@@ -28,10 +24,11 @@ PATHS = {
 }
 
 
-class ConsistentRule:
+class ConsistentRule(Rule):
     """See the module; `layers` is a key of PATHS, `sigma_range` (high, low) bounds the steps at which it acts."""
 
     node_id = "StoryweftConsistentSelfAttention"
+    kinds = frozenset({"self"})
 
     def __init__(
         self,
@@ -48,6 +45,7 @@ class ConsistentRule:
         self.sigma_range = sigma_range
         self.characters = {character.name: character for character in characters}
         self.recorder = recorder
+        self.neutral = options.rate == 0 and not self.characters and recorder is None
 
     def changed(self, **changes) -> "ConsistentRule":
         """The same rule with other `characters` or another `recorder`."""
@@ -69,6 +67,11 @@ class ConsistentRule:
             bank.check(character, run, self.node_id)
         if self.options.window:
             self._check_window(run, entries)
+            others = [rule.node_id for rule in run.rules if rule is not self and "self" in rule.kinds]
+            if others:
+                raise ValueError(
+                    f"{self.node_id}: window is {self.options.window} and cannot be joined with {', '.join(others)}; set it to 0."
+                )
 
     def _check_window(self, run, entries) -> None:
         if not run.family.picture_only:
@@ -87,7 +90,7 @@ class ConsistentRule:
 
     def wants(self, layer: Layer, run) -> bool:
         high, low = self.sigma_range
-        return self.covers(layer) and low <= run.sigma <= high
+        return layer.kind == "self" and self.covers(layer) and low <= run.sigma <= high
 
     def expected(self, run) -> bool:
         """Whether this run shows a character at all; a run of [NC] panels has nothing to keep."""
@@ -101,32 +104,25 @@ class ConsistentRule:
             return f"no panel of it names a recalled character ({', '.join(self.characters)}), or no step lies in its range."
         return "no step of this run lies in its range, or its rates are 0."
 
-    def attend(self, run, call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, attend) -> Tensor | None:
+    def plan(self, run, call, layout: Layout, plan) -> bool:
         state = run.state[self]
         shares = state.shares(run.evaluation, layout.layer)
-        seen = [[] for _ in range(len(q))]
+        seen = [[] for _ in plan.seen]
         for chunk in range(len(layout.entries)):
             if shares:
-                self._share_live(state, run, call, layout, chunk, k, v, seen)
-            self._read_banks(run, layout, chunk, q, seen)
+                self._share_live(state, run, call, layout, chunk, plan, seen)
+            self._read_banks(run, layout, chunk, plan.q, seen)
         if not any(seen):
-            return None
-        image = layout.image
-        if (image.start, image.stop) == (0, q.shape[2]):
-            if self.options.window and len(layout.items) > self.options.window:
-                return self._windows(state, run, layout, q, k, v, attend)
-            return consistent_attention(q, k, v, seen, attend, attend.bias)
-        rest = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
-        rest[image] = False
-        out = torch.empty_like(q)
-        for part, pieces in ((~rest, seen), (rest, [[] for _ in seen])):  # text and references look at their own row only
-            bias = attend.bias
-            if bias is not None and bias.shape[2] > 1:
-                bias = bias[:, :, part]
-            out[:, :, part] = consistent_attention(q[:, :, part], k, v, pieces, attend, bias)
-        return out
+            return False
+        if self.options.window and len(layout.items) > self.options.window:
+            plan.compute = functools.partial(self._windows, state, run, layout)
+            return True
+        for row, pieces in enumerate(seen):
+            whole = {piece.source for piece in plan.seen[row] if piece.index is None}  # each token counts once
+            plan.seen[row] += [piece for piece in pieces if piece.source is None or piece.source not in whole]
+        return True
 
-    def _share_live(self, state, run, call, layout: Layout, chunk: int, k: Tensor, v: Tensor, seen: list) -> None:
+    def _share_live(self, state, run, call, layout: Layout, chunk: int, plan, seen: list) -> None:
         entry, rows = layout.entries[chunk], layout.chunk_rows(chunk)
         panels = [layout.panel(chunk, row) for row in range(len(rows))]
         for name, writers in self.cast(entry, panels).items():
@@ -134,7 +130,11 @@ class ConsistentRule:
                 continue
             draws = [state.draw(run.evaluation, layout.grid, panels[row]) for row in writers]
             written = [rows[row] for row in writers]
-            pieces = sampled_tokens(k[written][:, :, layout.image], v[written][:, :, layout.image], draws)
+            device, first = plan.k.device, layout.image.start
+            pieces = [
+                Piece(plan.k[row], plan.v[row], draw.nonzero().flatten().to(device) + first, row)
+                for row, draw in zip(written, draws, strict=True)
+            ]
             for row, panel in enumerate(panels):
                 if name in self.names(entry, panel):
                     seen[rows[row]] += [piece for writer, piece in zip(writers, pieces, strict=True) if writer != row]
@@ -142,9 +142,12 @@ class ConsistentRule:
                 key = bank.slot(run.evaluation, layout.layer, entry)
                 for row, draw, piece in zip(written, draws, pieces, strict=True):
                     inputs = run.family.inputs(call)
-                    self.recorder.add(
-                        name, key, torch.stack(piece) if inputs is None else inputs[row, draw.to(k.device)]
+                    kept = (
+                        inputs[row, draw.to(device)]
+                        if inputs is not None
+                        else torch.stack([piece.tokens(x) for x in piece[:2]])
                     )
+                    self.recorder.add(name, key, kept)
 
     def _read_banks(self, run, layout: Layout, chunk: int, q: Tensor, seen: list) -> None:
         entry = layout.entries[chunk]
@@ -162,11 +165,11 @@ class ConsistentRule:
     @staticmethod
     def _bank_piece(run, layer: Layer, tokens: Tensor, heads: int):
         if tokens.ndim == 4:
-            return tokens[0], tokens[1]
+            return Piece(tokens[0], tokens[1])
         k, v = run.family.project(layer, tokens[None])
-        return split_heads(k, heads)[0], split_heads(v, heads)[0]
+        return Piece(split_heads(k, heads)[0], split_heads(v, heads)[0])
 
-    def _windows(self, state, run, layout: Layout, q, k, v, attend) -> Tensor:
+    def _windows(self, state, run, layout: Layout, q: Tensor, k: Tensor, v: Tensor, attend) -> Tensor:
         out = torch.empty_like(q)
         for chunk in range(len(layout.entries)):
             rows = layout.chunk_rows(chunk)

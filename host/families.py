@@ -34,8 +34,13 @@ def _make(diffusion_model, node_id: str):
     )
 
 
-def window_items(window, rows: int) -> tuple[int, ...]:
-    """Latent index of each row of a model call inside a context window."""
+def window_items(window, rows: int, dim: int = 0) -> tuple[int, ...]:
+    """Index, along the windowed dimension `dim` of the latents, of each of the `rows` that a model call got.
+
+    A window along another dimension leaves them as they are.
+    """
+    if window is None:
+        return tuple(range(rows))
     index = list(window.index_list)
     anchor = [window.causal_anchor_index] if rows == len(index) + 1 else []
-    return tuple(anchor + index) if window.dim == 0 else tuple(range(rows))
+    return tuple(anchor + index) if window.dim == dim else tuple(range(rows))

@@ -3,6 +3,7 @@
 What a font has is read from its cmap table, so nothing but Pillow is needed. Emoji come from one colour font of fixed
 size and are scaled; joined sequences show their first picture. Complex scripts are shaped where Pillow has Raqm.
 """
+
 import bisect
 import logging
 import os
@@ -17,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 FONTS = Path(__file__).resolve().parent.parent / "fonts"
 TEXT_FONTS = (str(FONTS / "StoryweftSansKR.ttf"), str(FONTS / "MPLUS1-subset.otf"))
 EMOJI_FONT = str(FONTS / "NotoColorEmoji-subset.ttf")
-EMOJI_SIZE = 109        # the one size of the bitmaps, in pixels
+EMOJI_SIZE = 109  # the one size of the bitmaps, in pixels
 EMOJI_STYLE = "\ufe0f"
 JOINER = "\u200d"
-FIRST_EMOJI = "\U0001f000"     # from here on pictures are meant even where a text font has a symbol
+FIRST_EMOJI = "\U0001f000"  # from here on pictures are meant even where a text font has a symbol
 SKIN_TONES = ("\U0001f3fb", "\U0001f3ff")
 
 
@@ -66,10 +67,10 @@ def runs(text: str) -> list[tuple[str, str]]:
     for place, char in enumerate(text):
         if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn") or char == EMOJI_STYLE:
             continue
-        part = SKIN_TONES[0] <= char <= SKIN_TONES[1] or text[place - 1:place] == JOINER
+        part = SKIN_TONES[0] <= char <= SKIN_TONES[1] or text[place - 1 : place] == JOINER
         if part and found and found[-1][0] == EMOJI_FONT:
             continue
-        path = font_for(char, text[place + 1:place + 2] == EMOJI_STYLE)
+        path = font_for(char, text[place + 1 : place + 2] == EMOJI_STYLE)
         if found and (found[-1][0] == path or (char == " " and found[-1][0] != EMOJI_FONT)):
             found[-1] = (found[-1][0], found[-1][1] + char)
         else:
@@ -104,7 +105,9 @@ def system_fonts() -> tuple[str, ...]:
     }.get(sys.platform, linux)
     found = [
         os.path.join(folder, name)
-        for top in folders for folder, _, names in os.walk(top) for name in names
+        for top in folders
+        for folder, _, names in os.walk(top)
+        for name in names
         if name.lower().endswith((".ttf", ".otf", ".ttc"))
     ]
     plain = [path for path in sorted(found) if not any(word in path.lower() for word in ("bold", "italic", "oblique"))]
@@ -118,7 +121,7 @@ def _font(path: str, size: int) -> ImageFont.FreeTypeFont | None:
     except OSError:
         if path in TEXT_FONTS:
             raise
-        return None     # a system font that FreeType cannot scale
+        return None  # a system font that FreeType cannot scale
 
 
 @lru_cache(maxsize=512)
@@ -164,23 +167,23 @@ def _cmap(file) -> bytes:
 def _spans(table: bytes) -> list[tuple[int, int]]:
     offsets = {}
     for place in range(struct.unpack(">H", table[2:4])[0]):
-        platform, encoding, offset = struct.unpack(">HHI", table[4 + 8 * place:12 + 8 * place])
+        platform, encoding, offset = struct.unpack(">HHI", table[4 + 8 * place : 12 + 8 * place])
         if platform == 0 or (platform == 3 and encoding in (1, 10)):
-            offsets[struct.unpack(">H", table[offset:offset + 2])[0]] = offset
+            offsets[struct.unpack(">H", table[offset : offset + 2])[0]] = offset
     if 12 in offsets:
         offset = offsets[12]
-        groups = struct.unpack(">I", table[offset + 12:offset + 16])[0]
-        rows = (struct.unpack(">III", table[offset + 16 + 12 * i:offset + 28 + 12 * i]) for i in range(groups))
+        groups = struct.unpack(">I", table[offset + 12 : offset + 16])[0]
+        rows = (struct.unpack(">III", table[offset + 16 + 12 * i : offset + 28 + 12 * i]) for i in range(groups))
         return [(first, last) for first, last, _ in rows]
-    return _segments(table[offsets[4]:]) if 4 in offsets else []
+    return _segments(table[offsets[4] :]) if 4 in offsets else []
 
 
 def _segments(table: bytes) -> list[tuple[int, int]]:
     """Format 4: four arrays of segments, then glyph numbers, where 0 means that the font has nothing."""
     count = struct.unpack(">H", table[6:8])[0] // 2
-    ends = struct.unpack(f">{count}H", table[14:14 + 2 * count])
+    ends = struct.unpack(f">{count}H", table[14 : 14 + 2 * count])
     starts, _, skips = (
-        struct.unpack(f">{count}H", table[16 + 2 * count * i:16 + 2 * count * (i + 1)]) for i in (1, 2, 3)
+        struct.unpack(f">{count}H", table[16 + 2 * count * i : 16 + 2 * count * (i + 1)]) for i in (1, 2, 3)
     )
     spans = []
     for place, (start, end, skip) in enumerate(zip(starts, ends, skips, strict=True)):
@@ -190,6 +193,6 @@ def _segments(table: bytes) -> list[tuple[int, int]]:
             spans.append((start, end))
             continue
         base = 16 + 6 * count + 2 * place + skip
-        glyphs = struct.unpack(f">{end - start + 1}H", table[base:base + 2 * (end - start + 1)])
+        glyphs = struct.unpack(f">{end - start + 1}H", table[base : base + 2 * (end - start + 1)])
         spans += [(start + i, start + i) for i, glyph in enumerate(glyphs) if glyph]
     return spans

@@ -9,6 +9,7 @@ different token length meet at one length like this:
   that read the attention mask (LTXV, Qwen-Image) do not notice. The others (Wan, Flux, SD3, Z-Image) see what a longer
   minimum length would give them: nothing new for Wan up to 512 tokens and Flux up to 256.
 """
+
 import math
 
 import comfy.model_management
@@ -52,7 +53,7 @@ def _lengths(encoded: dict[str, list]) -> set[int]:
     return {cond.shape[1] for entries in encoded.values() for cond, _ in entries}
 
 
-def _tokenizers(clip, keys) -> dict:
+def tokenizers(clip, keys) -> dict:
     """Token key -> the tokenizer that made it; a key is the tokenizer's attribute, with or without `clip_`."""
     parts = vars(clip.tokenizer)
     return {key: parts.get(key, parts.get(f"clip_{key}")) for key in keys}
@@ -60,12 +61,12 @@ def _tokenizers(clip, keys) -> dict:
 
 def _repeats(clip, tokens: dict[str, dict]) -> bool:
     """Whether all text comes in CLIP chunks of fixed size."""
-    parts = _tokenizers(clip, next(iter(tokens.values())))
+    parts = tokenizers(clip, next(iter(tokens.values())))
     return all(part is not None and vars(part).get("pad_to_max_length", False) for part in parts.values())
 
 
 def _pads_left(clip, tokens: dict[str, dict], encoded: dict[str, list]) -> bool:
-    parts = _tokenizers(clip, next(iter(tokens.values())))
+    parts = tokenizers(clip, next(iter(tokens.values())))
     rows = [row for entries in encoded.values() for row in entries]
     masked = all(MASK in extras and extras[MASK].shape[-1] == cond.shape[1] for cond, extras in rows)
     return masked and all(part is not None and vars(part).get("pad_left", False) for part in parts.values())
@@ -74,7 +75,7 @@ def _pads_left(clip, tokens: dict[str, dict], encoded: dict[str, list]) -> bool:
 def _pad_tokens(clip, tokens: dict[str, dict]) -> dict[str, dict]:
     """Every prompt's token lists at the length of the longest: by padding tokens, or by empty chunks of fixed size."""
     out = {prompt: dict(pieces) for prompt, pieces in tokens.items()}
-    for key, part in _tokenizers(clip, next(iter(tokens.values()))).items():
+    for key, part in tokenizers(clip, next(iter(tokens.values()))).items():
         if part is None or not all(isinstance(pieces.get(key), list) for pieces in tokens.values()):
             continue
         if vars(part).get("pad_to_max_length", False):
@@ -106,7 +107,7 @@ def _stack(rows: list[list], join_rows, node_id: str) -> list:
     extras = [dict(extra) for _, extra in rows]
     if any(MASK in extra for extra in extras):
         for cond, extra in zip(conds, extras, strict=True):
-            if extra.get(MASK) is None:     # encoders leave a mask out when nothing in it is masked
+            if extra.get(MASK) is None:  # encoders leave a mask out when nothing in it is masked
                 extra[MASK] = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)
     lengths = sorted({cond.shape[1] for cond in conds})
     if len(lengths) > 1:

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 from .layout import Entry, Layer
+from .plan import Divisions
 
 
 def enclosing_step(sigmas: list[float], sigma: float) -> int:
@@ -17,7 +18,15 @@ def enclosing_step(sigmas: list[float], sigma: float) -> int:
 
 
 class Run:
-    """One call of the guider. Rules keep what they need for its length in `state[rule]`."""
+    """One call of the guider. Rules keep what they need for its length in `state[rule]`.
+
+    base is the host's model, start the latents that the sampler was given, in the model's latent scale as decoded, mask its
+    denoise mask [rows, channels, ...] or None.
+    """
+
+    base: Any = None
+    start: Any = None
+    mask: Any = None
 
     def __init__(self, rules: tuple, family, latent_shape: tuple[int, ...], sigmas: list[float]):
         self.rules = rules
@@ -31,6 +40,7 @@ class Run:
         self.acted: Counter = Counter()
         self.reached: set[Layer] = set()  # layers whose attention came past the override
         self.bypassed: dict[Layer, str] = {}  # layers answered by somebody else's replace patch
+        self.divisions = Divisions()
         self._visits: Counter = Counter()
         self.state = {rule: rule.start(self) for rule in rules}
 
@@ -52,7 +62,7 @@ class Run:
         marked = next((cond for _, _, cond in listed if "storyweft_panels" in cond), {})
         for role, index, cond in listed:
             marks = cond if "storyweft_panels" in cond else marked  # a negative shows the panels of the positive
-            entry = Entry(role, index, marks.get("storyweft_panels"), marks.get("storyweft_story"))
+            entry = Entry(role, index, marks.get("storyweft_panels"), marks.get("storyweft_story"), cond)
             self.entries.setdefault(cond["uuid"], []).append(entry)
         if self.first_evaluation:
             for rule in self.rules:
@@ -71,16 +81,16 @@ class Run:
         return tuple(chosen)
 
     def end_evaluation(self) -> None:
-        if not self.reached and not self.bypassed:
+        if not self.reached and not self.bypassed and any(rule.kinds for rule in self.rules):
             raise RuntimeError(
-                f"Storyweft: no self-attention of {self.family.model_class} came past the attention override, so "
+                f"Storyweft: no attention of {self.family.model_class} came past the attention override, so "
                 f"{self.names} cannot act; another pack replaced the override or the model runs its own attention."
             )
         for rule in self.rules:
             for layer, owner in self.bypassed.items():
                 if layer not in self.reached and rule.wants(layer, self):
                     raise RuntimeError(
-                        f"{rule.node_id}: {layer} is answered by the attn1 replace patch {owner}, which leaves the "
+                        f"{rule.node_id}: {layer} is answered by the replace patch {owner}, which leaves the "
                         "attention override out; remove that node or choose layers it does not cover."
                     )
 

@@ -1,4 +1,5 @@
 """Pictures of a story on one sheet, with captions: a grid, a strip, or a comic page with inked frames."""
+
 import math
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,13 @@ POSITIONS = ("below", "over", "none")
 MAX_PIXELS = 250_000_000
 INK = (20, 18, 24)
 PAPER = (255, 252, 240)
-SPLITS = {2: (0.56, 0.44), 3: (0.36, 0.30, 0.34)}    # widths in a comic row, reversed in every other row
+SPLITS = {2: (0.56, 0.44), 3: (0.36, 0.30, 0.34)}  # widths in a comic row, reversed in every other row
 
 
 @dataclass(frozen=True)
 class Style:
     """How a sheet looks; lengths in pixels, `columns` 0 and `font_size` 0 choose by themselves."""
+
     layout: str = "grid"
     columns: int = 0
     position: str = "below"
@@ -29,10 +31,11 @@ class Style:
 @dataclass(frozen=True)
 class Cell:
     """One picture's place: `frame` (left, top, right, bottom) of the picture and the lines of its caption."""
+
     frame: tuple[int, int, int, int]
     lines: list[str]
     face: Typeface
-    room: int = 0       # height that the row keeps below its pictures
+    room: int = 0  # height that the row keeps below its pictures
 
     @property
     def caption_height(self) -> int:
@@ -106,7 +109,7 @@ def _cell(frame, caption: str, style: Style, face: Typeface) -> Cell:
             face = Typeface(face.size - 1)
             lines = wrap(caption, max(width - face.size, 1), face.width)
         most = max(1, int((0.6 * height - face.size) // face.line_height))
-        lines = [*lines[:most - 1], lines[most - 1] + "…"] if len(lines) > most else lines
+        lines = [*lines[: most - 1], lines[most - 1] + "…"] if len(lines) > most else lines
     return Cell(frame, lines, face)
 
 

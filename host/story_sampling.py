@@ -187,6 +187,14 @@ class StorySampler:
                 f"{self.node_id}: memory is '{mode}', which keeps no character, and the output character is connected; set "
                 "memory to bank, or disconnect the output."
             )
+        whole = next((rule.node_id for rule in override.rules_of(self.model) if rule.whole_batch), None)
+        if whole is not None and mode not in ("auto", "together"):
+            raise ValueError(
+                f"{self.node_id}: memory is {mode}, which draws a story in parts, and {whole} needs all panels in one batch; "
+                "set memory to together."
+            )
+        if whole is not None:
+            return "together", f"{whole} needs all panels in one batch: memory together"
         if mode == "auto":
             mode = "bank" if self.wanted or needed < free / 2 else "recompute"
         if mode == "bank" and needed > free:

@@ -1,4 +1,5 @@
 """Line breaks for captions: at spaces, between kana and Chinese characters, and inside words that are too long."""
+
 import re
 import unicodedata
 

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import consistent, demo, sampler, story, storyboard
+from . import apa, board, boxes, consistent, demo, masked, sampler, story, storyboard, style
 
-NODE_FILES = (demo, story, consistent, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard)
 
 
 class StoryweftExtension(ComfyExtension):

@@ -10,8 +10,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import loading  # noqa: E402, F401  isort: skip  (loads the pack and ComfyUI, which the runners import)
 import conformance_consistent  # noqa: E402
+import conformance_magdiff  # noqa: E402
+import conformance_masked  # noqa: E402
+import conformance_story_imager  # noqa: E402
+import conformance_style  # noqa: E402
 
-RUNNERS = {**conformance_consistent.RUNNERS}
+RUNNERS = {
+    **conformance_consistent.RUNNERS,
+    **conformance_magdiff.RUNNERS,
+    **conformance_masked.RUNNERS,
+    **conformance_story_imager.RUNNERS,
+    **conformance_style.RUNNERS,
+}
 
 
 class Report:

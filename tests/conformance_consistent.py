@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from storyweft.attention.consistent import consistent_attention, sampled_tokens, window_attention
+from storyweft.attention.consistent import sampled_tokens, window_attention
 from storyweft.attention.core import attend, merge_heads, split_heads
+from storyweft.attention.joined import Piece, joined_attention
 from torch.nn.functional import linear
 
 
@@ -33,7 +34,7 @@ class Layer:
 
     def pieces(self, tokens):
         """One key-value piece for each guidance half of a bank [2, tokens, channels]."""
-        return [(k, v) for k, v in zip(self.project(tokens, self.k), self.project(tokens, self.v), strict=True)]
+        return [Piece(k, v) for k, v in zip(self.project(tokens, self.k), self.project(tokens, self.v), strict=True)]
 
 
 def halves(rule):
@@ -52,7 +53,7 @@ def shared(draw):
     def rule(q, k, v, half):
         pieces = sampled_tokens(k, v, list(draw))
         seen = [pieces[:row] + pieces[row + 1 :] for row in range(len(q))]
-        return consistent_attention(q, k, v, seen, attend)
+        return joined_attention(q, k, v, seen, attend)
 
     return halves(rule)
 
@@ -60,7 +61,7 @@ def shared(draw):
 def reading(*banks):
     """Read mode: every row sees the bank pieces of its half."""
     return halves(
-        lambda q, k, v, half: consistent_attention(q, k, v, [[bank[half] for bank in banks]] * len(q), attend)
+        lambda q, k, v, half: joined_attention(q, k, v, [[bank[half] for bank in banks]] * len(q), attend)
     )
 
 

@@ -22,16 +22,16 @@ class TinyUNet(NamedTuple):
     missing: list
 
 
-def tiny_unet(path, alphas_cumprod=None) -> TinyUNet:
+def tiny_unet(path, alphas_cumprod=None, dtype=torch.float32) -> TinyUNet:
     """ComfyUI's UNetModel with the recorded weights, behind an epsilon model of the recorded noise schedule."""
     weights, meta = read(path)
     recorded = {"num_heads": -1, "adm_in_channels": None} | json.loads(meta["config"])
     config = comfy.supported_models.SD15(recorded)
     config.unet_config |= recorded  # the class sets SD1.5's own head count
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS)
     missing, unexpected = model.diffusion_model.load_state_dict(
-        {k: v.float() for k, v in weights.items()}, strict=False
+        {k: v.to(dtype) for k, v in weights.items()}, strict=False
     )
     if alphas_cumprod is not None:
         model.model_sampling.set_sigmas(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5)

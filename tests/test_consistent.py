@@ -4,13 +4,13 @@ import pytest
 import torch
 from storyweft.attention.consistent import (
     ConsistentOptions,
-    consistent_attention,
     draw_tokens,
     sampled_tokens,
     share_layers,
     window_attention,
 )
 from storyweft.attention.core import attend
+from storyweft.attention.joined import joined_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -40,20 +40,20 @@ def test_gathered_form_equals_the_masked_form():
     q, k, v = qkv()
     draw = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) < 0.5
     torch.testing.assert_close(
-        consistent_attention(q, k, v, others(k, v, draw), attend), masked(q, k, v, draw), atol=1e-12, rtol=0
+        joined_attention(q, k, v, others(k, v, draw), attend), masked(q, k, v, draw), atol=1e-12, rtol=0
     )
 
 
 def test_seeing_nothing_is_plain_attention_bit_for_bit():
     q, k, v = qkv()
-    assert torch.equal(consistent_attention(q, k, v, [[], [], []], attend), attend(q, k, v))
+    assert torch.equal(joined_attention(q, k, v, [[], [], []], attend), attend(q, k, v))
 
 
 def test_rate_one_is_dense_attention_over_all_panels():
     q, k, v = qkv()
     everything = torch.ones(3, 12, dtype=torch.bool)
     torch.testing.assert_close(
-        consistent_attention(q, k, v, others(k, v, everything), attend), masked(q, k, v, everything), atol=1e-12, rtol=0
+        joined_attention(q, k, v, others(k, v, everything), attend), masked(q, k, v, everything), atol=1e-12, rtol=0
     )
 
 
@@ -61,7 +61,7 @@ def test_rate_one_over_identical_panels_is_plain_attention():
     q, k, v = (x[:1].expand(3, -1, -1, -1) for x in qkv())
     everything = torch.ones(3, 12, dtype=torch.bool)
     torch.testing.assert_close(
-        consistent_attention(q, k, v, others(k, v, everything), attend), attend(q, k, v), atol=1e-12, rtol=0
+        joined_attention(q, k, v, others(k, v, everything), attend), attend(q, k, v), atol=1e-12, rtol=0
     )
 
 
@@ -69,8 +69,8 @@ def test_permuting_panels_with_their_draws_permutes_the_result():
     q, k, v = qkv()
     draw = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < 0.5
     order = torch.tensor([2, 0, 1])
-    straight = consistent_attention(q, k, v, others(k, v, draw), attend)
-    permuted = consistent_attention(q[order], k[order], v[order], others(k[order], v[order], draw[order]), attend)
+    straight = joined_attention(q, k, v, others(k, v, draw), attend)
+    permuted = joined_attention(q[order], k[order], v[order], others(k[order], v[order], draw[order]), attend)
     torch.testing.assert_close(permuted, straight[order], atol=1e-12, rtol=0)
 
 
@@ -79,8 +79,8 @@ def test_own_sampled_tokens_left_in_the_pool_would_be_seen():
     draw = torch.ones(3, 12, dtype=torch.bool)
     draw[:, ::2] = False
     doubled = [sampled_tokens(k, v, draw) for _ in range(3)]
-    right = consistent_attention(q, k, v, others(k, v, draw), attend)
-    assert (consistent_attention(q, k, v, doubled, attend) - right).abs().max() > 0.01
+    right = joined_attention(q, k, v, others(k, v, draw), attend)
+    assert (joined_attention(q, k, v, doubled, attend) - right).abs().max() > 0.01
 
 
 def test_inputs_are_not_changed():
@@ -88,7 +88,7 @@ def test_inputs_are_not_changed():
     before = [x.clone() for x in (q, k, v)]
     draws = torch.ones(2, 2, 12, dtype=torch.bool)
     window_attention(q, k, v, draws, attend)
-    consistent_attention(q, k, v, others(k, v, torch.ones(3, 12, dtype=torch.bool)), attend)
+    joined_attention(q, k, v, others(k, v, torch.ones(3, 12, dtype=torch.bool)), attend)
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
@@ -97,7 +97,7 @@ def test_a_window_over_all_panels_is_the_whole_rule():
     draw = torch.rand(3, 12, generator=torch.Generator().manual_seed(3)) < 0.5
     torch.testing.assert_close(
         window_attention(q, k, v, draw[None], attend),
-        consistent_attention(q, k, v, others(k, v, draw), attend),
+        joined_attention(q, k, v, others(k, v, draw), attend),
         atol=1e-12,
         rtol=0,
     )
@@ -123,7 +123,7 @@ def test_no_tensor_of_all_tokens_squared_is_made():
     q, k, v = (x.float() for x in qkv(rows, tokens))
     draw = torch.rand(rows, tokens, generator=torch.Generator().manual_seed(4)) < 0.5
     with Largest() as largest:
-        consistent_attention(q, k, v, others(k, v, draw), lambda q, k, v, bias: torch.zeros_like(q))
+        joined_attention(q, k, v, others(k, v, draw), lambda q, k, v, bias: torch.zeros_like(q))
     assert largest.numel < (rows * tokens) ** 2 / 100
 
 
@@ -174,6 +174,8 @@ def test_a_bias_acts_on_own_tokens_and_leaves_seen_ones_alone():
     seen = others(k, v, torch.ones(3, 12, dtype=torch.bool))
     hidden = torch.zeros(3, 1, 1, 12, dtype=torch.float64)
     hidden[..., 6:] = -1e9
-    got = consistent_attention(q, k, v, seen, attend, hidden)
-    keys, values = (torch.cat([x[0, :, :6], *(piece[i] for piece in seen[0])], 1)[None] for i, x in enumerate((k, v)))
+    got = joined_attention(q, k, v, seen, attend, hidden)
+    keys, values = (
+        torch.cat([x[0, :, :6], *(piece.tokens(piece[i]) for piece in seen[0])], 1)[None] for i, x in enumerate((k, v))
+    )
     torch.testing.assert_close(got[:1], attend(q[:1], keys, values), atol=1e-12, rtol=0)

@@ -43,7 +43,7 @@ BUILD = """async ([api, text, name, HEIGHT]) => {
         if (node !== note) {
             const size = node.computeSize(), long = node.widgets?.some(widget => widget.options?.multiline);
             node.setSize([Math.max(size[0], long ? 420 : 270),
-                          Math.max(size[1], /Script/.test(node.type) ? 520 : /SaveImage|Preview/.test(node.type) ? 320 : 0)]);
+                          Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 : /SaveImage|Preview/.test(node.type) ? 320 : 0)]);
         }
         const room = node.size[1] + (/Sampler/.test(node.type) ? 260 : 0);     // a sampler shows its preview below
         if (y > 60 && y + room > HEIGHT) { x += wide + 70; y = 60; wide = 0; }

@@ -28,6 +28,9 @@ def test_ids_that_were_released_stay():
         "StoryweftRecallCharacter",
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
+        "StoryweftBoxTrack",
+        "StoryweftBoxPlanPrompt",
+        "StoryweftBoxPlanner",
     }
 
 

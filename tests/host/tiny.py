@@ -202,9 +202,88 @@ FAMILIES = {
         128,
         2,
     ),
+    "hunyuan_video": Family(
+        families.HunyuanVideo,
+        {
+            "image_model": "hunyuan_video",
+            "in_channels": 16,
+            "out_channels": 16,
+            "vec_in_dim": 64,
+            "context_in_dim": 64,
+            "hidden_size": 96,
+            "mlp_ratio": 4.0,
+            "num_heads": 4,
+            "depth": 2,
+            "depth_single_blocks": 2,
+            "axes_dim": [8, 8, 8],
+            "theta": 256,
+            "patch_size": [1, 2, 2],
+            "qkv_bias": True,
+            "guidance_embed": True,
+            "byt5": False,
+            "meanflow": False,
+            "use_cond_type_embedding": False,
+            "vision_in_dim": None,
+            "meanflow_sum": False,
+        },
+        (9, 64),
+        64,
+        16,
+        2,
+    ),
+    "cogvideox": Family(
+        families.CogVideoX_T2V,
+        {
+            "image_model": "cogvideox",
+            "num_attention_heads": 4,
+            "attention_head_dim": 16,
+            "in_channels": 16,
+            "out_channels": 16,
+            "time_embed_dim": 64,
+            "text_embed_dim": 64,
+            "num_layers": 4,
+            "use_rotary_positional_embeddings": True,
+        },
+        (9, 64),
+        0,
+        16,
+        2,
+    ),
+    "mochi": Family(
+        families.GenmoMochi,
+        {
+            "image_model": "mochi_preview",
+            "patch_size": 2,
+            "in_channels": 12,
+            "hidden_size_x": 96,
+            "hidden_size_y": 64,
+            "depth": 4,
+            "num_heads": 4,
+            "mlp_ratio_x": 128.0,
+            "mlp_ratio_y": 4.0,
+            "learn_sigma": False,
+            "qk_norm": True,
+            "qkv_bias": False,
+            "out_bias": True,
+            "attn_drop": 0.0,
+            "patch_embed_bias": True,
+            "posenc_preserve_area": True,
+            "timestep_mlp_bias": True,
+            "attend_to_padding": False,
+            "timestep_scale": 1000.0,
+            "use_t5": True,
+            "t5_feat_dim": 64,
+            "t5_token_length": 9,
+            "rope_theta": 10000.0,
+        },
+        (9, 64),
+        0,
+        12,
+        2,
+    ),
 }
 UNETS = ("sd15", "sd2", "sdxl")
-EXPERIMENTAL = ("wan", "flux", "sd3", "qwen_image", "zimage", "ltxv")
+EXPERIMENTAL = ("wan", "flux", "sd3", "qwen_image", "zimage", "ltxv", "hunyuan_video", "cogvideox", "mochi")
 SIZE = (8, 12)
 
 
@@ -245,7 +324,7 @@ def conditioning(name: str, rows: int, seed: int, tokens: int | None = None, mar
     extras = dict(marks or {})
     if family.pooled:
         extras["pooled_output"] = torch.randn(rows, family.pooled, generator=generator)
-    if name == "ltxv":
+    if name in ("ltxv", "mochi"):
         extras["attention_mask"] = torch.ones(rows, text.shape[1], dtype=torch.long)
     if name == "svd":
         extras["concat_latent_image"] = torch.randn(1, 4, *SIZE, generator=generator)
