@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import serve as tools_server  # noqa: E402
 
-RUNNABLE = ("consistent_story", "long_story", "two_characters", "saved_character")  # in this order: the last reads a saved file
+RUNNABLE = ("consistent_story", "long_story", "two_characters", "saved_character", "style_set", "style_from_picture")  # in this order: the last reads a saved file
 
 
 @contextmanager
