@@ -280,9 +280,9 @@ def style_set() -> tuple[dict, str]:
     drawn = _sampler(graph, block(), positive(), negative(), latent(), 7)
     _sheet(graph, drawn(), loader(2), script(), "style_set")
     return graph.nodes, (
-        "## Style set\nFour kinds in four places. Only the first prompt says *at night*, and none names a colour: the other pictures take light and "
-        "colours from the first, which is what it would be alone. Bypass **StyleAligned** (Ctrl-B) to see the difference.\n\nFor real pictures "
-        "see *style_set_sdxl*, or swap **Demo Loader** for an SD1.5 checkpoint at 512, 50 steps, cfg 7.5."
+        "## Style set\nFour kinds in four places. Only the first prompt says *at night*, and none names a colour: the other "
+        "pictures take light and colours from the first, which is what it would be alone. Bypass **StyleAligned** (Ctrl-B) to see the "
+        "difference.\n\nFor real pictures see *style_set_sdxl*, or swap **Demo Loader** for an SD1.5 checkpoint at 512, 50 steps, cfg 7.5."
     )
 
 
@@ -313,10 +313,10 @@ def style_from_picture() -> tuple[dict, str]:
     drawn = _sampler(graph, reference(), positive(), negative(), reference(1), 5)
     _sheet(graph, drawn(), loader(2), script(), "style_from_picture")
     return graph.nodes, (
-        "## Style from a picture\nThe given picture is inverted to noise and replayed as the first of the batch; the others take its light and colours. "
-        "Here another sampler draws it, so that nothing must be loaded: put *Load Image* in place of **The given picture** for your own, and "
-        "describe it in the first line of the script.\n\nSampler and **Style Reference Picture** need the same steps and scheduler. SDXL: 50 "
-        "steps, offset 5, cfg 10, negative through *ConditioningZeroOut*."
+        "## Style from a picture\nThe given picture is inverted to noise and replayed as the first of the batch; the others take its "
+        "light and colours. Here another sampler draws it, so that nothing must be loaded: put *Load Image* in place of **The given "
+        "picture** for your own, and describe it in the first line of the script.\n\nSampler and **Style Reference Picture** need the "
+        "same steps and scheduler. SDXL: 50 steps, offset 5, cfg 10, negative through *ConditioningZeroOut*."
     )
 
 
@@ -340,9 +340,9 @@ def style_set_sdxl() -> tuple[dict, str]:
     drawn = _sampler(graph, block(), positive(), negative(), latent(), 10, 50, 5.0)
     _sheet(graph, drawn(), loader(2), script(), "style_set_sdxl", larger=1)
     return graph.nodes, (
-        "## Style set on SDXL\nThe authors' settings: DDIM, 50 steps, cfg 5, share_group_norm off. Choose your own SDXL checkpoint. The first picture "
-        "sets the style; repeat its prompt and seed with new lines after it to draw more of the set. With a ControlNet (strength 0.8) only the "
-        "pictures after the first are steered."
+        "## Style set on SDXL\nThe authors' settings: DDIM, 50 steps, cfg 5, share_group_norm off. Choose your own SDXL checkpoint. "
+        "The first picture sets the style; repeat its prompt and seed with new lines after it to draw more of the set. With a "
+        "ControlNet (strength 0.8) only the pictures after the first are steered."
     )
 
 
