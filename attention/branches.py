@@ -32,8 +32,7 @@ class Branch:
 
 def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divide: Divide = partition) -> Tensor:
     """Sum over branches of weight x attention for q [rows, heads, Q, dim]. A weight of 0 leaves its branch out."""
-    out = torch.zeros_like(q)
-    touched: set[int] = set()
+    out, touched = None, set()
     for branch in branches:
         if not torch.is_tensor(branch.weight) and branch.weight == 0:
             continue
@@ -45,9 +44,14 @@ def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divid
             found = attend(q[branch.rows], branch.k, branch.v, branch.bias)
         if torch.is_tensor(branch.weight) or branch.weight != 1:
             found = found * branch.weight
-        if touched.isdisjoint(rows):
-            out[branch.rows] = found
+        if len(rows) == len(q):
+            out = found if out is None else out + found
         else:
-            out[branch.rows] += found
+            if out is None:
+                out = torch.zeros_like(q)
+            if touched.isdisjoint(rows):
+                out[branch.rows] = found
+            else:
+                out[branch.rows] += found
         touched.update(rows)
-    return out
+    return torch.zeros_like(q) if out is None else out

@@ -341,12 +341,16 @@ def subject_and_text_sdxl() -> tuple[dict, str]:
         learned_alphas="none",
     )
     image = graph.add("LoadImage", "Your subject", image="example.png")
-    remover = graph.add("LoadBackgroundRemovalModel", "Background Removal Model", bg_removal_name="birefnet.safetensors")
+    remover = graph.add(
+        "LoadBackgroundRemovalModel", "Background Removal Model", bg_removal_name="birefnet.safetensors"
+    )
     mask = graph.add("RemoveBackground", "Remove Background", bg_removal_model=remover(), image=image())
     cut = _subject(graph, image(), mask())
     graph.add("PreviewImage", "Cut out", images=cut())
     model = _aligned(graph, loader(), adapter(), vision(), cut(), alpha_image=0.7)
-    positive = graph.add("CLIPTextEncode", "Prompt", clip=loader(1), text="riding a bicycle through the snow, photograph")
+    positive = graph.add(
+        "CLIPTextEncode", "Prompt", clip=loader(1), text="riding a bicycle through the snow, photograph"
+    )
     negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="blurry, deformed")
     latent = graph.add("EmptyLatentImage", "Size", width=1024, height=1024, batch_size=1)
     drawn = _sampler(graph, model(), positive(), negative(), latent(), 5, 30, 6.0)
