@@ -87,13 +87,13 @@ class CrossPlan:
 
     def _weights(self) -> list[float | Tensor] | None:
         """The weight of each chunk's text, None when a rule changed more of it than that."""
+        whole = [x for x in (self.k, self.v, self.bias) if x is not None]
         for branches in self.text:
-            own, *more = branches
-            if more or own.constraints or (own.bias is None) != (self.bias is None):
+            if len(branches) != 1 or branches[0].constraints:
                 return None
-            whole = (self.k, self.v) if self.bias is None else (self.k, self.v, self.bias)
-            now = (own.k, own.v, own.bias)
-            if any(x[own.rows].data_ptr() != y.data_ptr() for x, y in zip(whole, now, strict=False)):
+            own = [x for x in (branches[0].k, branches[0].v, branches[0].bias) if x is not None]
+            parts = [x[branches[0].rows] for x in whole]
+            if [(x.data_ptr(), x.shape) for x in own] != [(x.data_ptr(), x.shape) for x in parts]:
                 return None
         return [branches[0].weight for branches in self.text]
 
