@@ -22,6 +22,8 @@ RUNNABLE = (  # in this order: saved_character reads a file that long_story save
     "boxes_from_text",
     "subject_and_text",
     "two_subjects",
+    "board_story",
+    "board_replace_frame",
 )
 
 
