@@ -101,7 +101,7 @@ def _take(x: Tensor, part: Part, index: Tensor | None) -> Tensor:
     flat = x.transpose(1, 2)  # hosts hand over tokens before heads, so this is contiguous as a rule
     places = (part.rows[:, None] * x.shape[2] + index).flatten()
     taken = flat.reshape(-1, *flat.shape[2:]).index_select(0, places)  # several times faster than x[places] on a CPU
-    return taken.view(*index.shape, *flat.shape[2:]).transpose(1, 2)
+    return taken.view(len(part.rows), -1, *flat.shape[2:]).transpose(1, 2)
 
 
 def _take_bias(bias: Tensor | None, part: Part) -> Tensor | None:
