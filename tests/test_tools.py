@@ -4,6 +4,8 @@ import socket
 import subprocess
 import sys
 import tarfile
+import time
+from pathlib import Path
 
 import pytest
 from loading import ROOT
@@ -86,6 +88,25 @@ def test_a_base_folder_follows_the_repository(tmp_path):
         link.symlink_to(old)
     serve.prepare(tmp_path)
     assert link.resolve() == ROOT
+
+
+def test_a_server_ends_with_the_run_that_started_it_even_when_that_is_killed(tmp_path):
+    start = (
+        "import subprocess, sys, time, serve\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], preexec_fn=serve.end_with_parent)\n"
+        "print(child.pid, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT / "tools", stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert Path(f"/proc/{child}").exists()
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the server lives on")
 
 
 def test_a_server_that_dies_while_starting_is_said_with_its_last_line(tmp_path):

@@ -1,6 +1,7 @@
 """A real ComfyUI server with this pack linked in: `serve` for the page, a context manager for the demo and the tests."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -58,6 +59,11 @@ def wait(process: subprocess.Popen, port: int, log: Path) -> None:
     raise Trouble(f"ComfyUI did not answer on port {port} for five minutes (log: {log}).")
 
 
+def end_with_parent() -> None:
+    """In the new process: Linux ends it when the one that started it is gone, even if that was killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def running(port: int, base: Path, extra: tuple[str, ...] = ()):
     """A server on `port` with its files under `base`; yields (url, process) and stops it at the end."""
@@ -82,7 +88,9 @@ def running(port: int, base: Path, extra: tuple[str, ...] = ()):
     if os.environ.get("STORYWEFT_DEVICE") == "gpu":
         command.remove("--cpu")
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=comfyui(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=comfyui(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
+        )
     try:
         wait(process, port, log)
         yield f"http://127.0.0.1:{port}", process
