@@ -23,6 +23,7 @@ def test_ids_that_were_released_stay():
         "StoryweftRecallCharacter",
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
+        "StoryweftMaskedAttention",
     }
 
 
