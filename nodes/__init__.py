@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import consistent, demo, masked, sampler, story, storyboard
+from . import boxes, consistent, demo, masked, sampler, story, storyboard
 
-NODE_FILES = (demo, story, consistent, masked, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, sampler, storyboard, boxes, masked)
 
 
 class StoryweftExtension(ComfyExtension):

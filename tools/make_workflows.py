@@ -39,7 +39,7 @@ BUILD = """async ([api, note, name]) => {
         for (const node of column) {
             const size = node.computeSize();
             node.setSize([Math.max(size[0], node.widgets?.some(w => w.options?.multiline) || node.type === 'StoryweftScript' ? 420 : 270),
-                          Math.max(size[1], /Script/.test(node.type) ? 520 : /SaveImage|Preview/.test(node.type) ? 320 : 0)]);
+                          Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 : /SaveImage|Preview/.test(node.type) ? 320 : 0)]);
             node.pos = [x, y];
             y += node.size[1] + 70; wide = Math.max(wide, node.size[0]);
         }

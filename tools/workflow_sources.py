@@ -234,6 +234,48 @@ def consistent_story_sdxl() -> tuple[dict, str]:
     )
 
 
+PLAN = """Reasoning: The fox runs from the left to the right, the owl flies up and away.
+Frame 1: [{'id': 0, 'name': 'a fox', 'box': [20, 260, 160, 200]}, {'id': 1, 'name': 'an owl', 'box': [300, 150, 90, 90]}]
+Frame 2: [{'id': 0, 'name': 'a fox', 'box': [120, 240, 165, 210]}, {'id': 1, 'name': 'an owl', 'box': [360, 90, 85, 85]}]
+Frame 3: [{'id': 0, 'name': 'a fox', 'box': [220, 250, 170, 210]}, {'id': 1, 'name': 'an owl', 'box': [430, 20, 80, 80]}]
+Frame 4: [{'id': 0, 'name': 'a fox', 'box': [320, 240, 175, 220]}]
+Background keyword: forest
+"""
+
+
+def boxes_from_text() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    size = {"frames": 16, "width": 512, "height": 512}
+    scene = "a fox in the forest by day"
+    question = graph.add("StoryweftBoxPlanPrompt", "Box Plan Prompt", scene=scene, key_frames=4, **size)
+    graph.add("PreviewAny", "Question for Generate Text", source=question())
+    planner = graph.add("StoryweftBoxPlanner", "Box Planner", answer=PLAN, scene=scene, interpolation="smooth", **size)
+    graph.add("PreviewAny", "Report", source=planner(3))
+    positive = graph.add("CLIPTextEncode", "Prompt", clip=loader(1), text=planner(2))
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=1)
+    drawn = _sampler(graph, loader(), positive(), negative(), latent(), 3)
+    picture = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))()
+    picture = graph.add("ImageScaleBy", "Larger", image=picture, upscale_method="lanczos", scale_by=4.0)()
+    track = graph.add(
+        "StoryweftBoxTrack", "Box Track", boxes=planner(1), interpolation="smooth", images=picture, source_words="",
+        source_width=0.25, source_height=0.25, **size,
+    )
+    graph.add(
+        "SaveAnimatedWEBP", "Save Preview", images=track(2), filename_prefix="storyweft/boxes_from_text", fps=8.0,
+        lossless=False, quality=80, method="default",
+    )
+    return graph.nodes, (
+        "## Boxes from text\nA language model plans where things are: **Box Plan Prompt** writes the question, **Box Planner** reads the "
+        "answer, reports what it mended, and gives boxes, their text and a prompt that names everything.\n\nHere the answer is typed, so "
+        "that nothing is downloaded. With a model: *Load CLIP* (Gemma 3, Qwen 3, ...) and *Generate Text* between the two nodes: prompt to "
+        "its *prompt*, its text to *answer*; max_length 1024.\n\nThe demo model draws one picture as the ground of the preview. Disconnect "
+        "*boxes* of **Box Track** and paste the JSON there to go on with the mouse."
+    )
+
+
 WORKFLOWS = {
-    f.__name__: f for f in (consistent_story, long_story, two_characters, saved_character, consistent_story_sdxl)
+    f.__name__: f
+    for f in (consistent_story, long_story, two_characters, saved_character, consistent_story_sdxl, boxes_from_text)
 }

@@ -24,6 +24,9 @@ def test_ids_that_were_released_stay():
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
         "StoryweftMaskedAttention",
+        "StoryweftBoxTrack",
+        "StoryweftBoxPlanPrompt",
+        "StoryweftBoxPlanner",
     }
 
 
