@@ -661,6 +661,65 @@ def board_story_sdxl() -> tuple[dict, str]:
     )
 
 
+def boxes_image() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    track = graph.add(
+        "StoryweftBoxTrack",
+        "Box Track",
+        boxes="fox | 0: 0 0.5 0.45 0.95 | 1: 0.55 0.35 1 0.8\n",
+        frames=4,
+        width=128,
+        height=128,
+        interpolation="linear",
+        source_words="",
+        source_width=0.25,
+        source_height=0.25,
+    )
+    masked = graph.add(
+        "StoryweftMaskedAttention",
+        "Masked Attention",
+        model=loader(),
+        boxes=track(),
+        clip=loader(1),
+        prompt="a fox in the meadow by day",
+        masked_part=0.25,
+        masked_steps=0,
+        spatial=True,
+        temporal=True,
+        cross=True,
+        layers="auto",
+        frame_rule="average",
+        sampling="by area",
+    )
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=4)
+    drawn = _sampler(graph, masked(), masked(1), negative(), latent(), 3)
+    pictures = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))()
+    pictures = graph.add("ImageScaleBy", "Larger", image=pictures, upscale_method="lanczos", scale_by=3.0)()
+    graph.add("SaveImage", "Save Pictures", images=pictures, filename_prefix="storyweft/boxes_image")
+    shown = graph.add(
+        "StoryweftBoxTrack",
+        "Boxes on Pictures",
+        boxes=track(1),
+        frames=4,
+        width=128,
+        height=128,
+        interpolation="linear",
+        images=pictures,
+        source_words="",
+        source_width=0.25,
+        source_height=0.25,
+    )
+    graph.add("SaveImage", "Save Boxes", images=shown(2), filename_prefix="storyweft/boxes_image_boxes")
+    return graph.nodes, (
+        "## Boxes in pictures\nFour pictures of one batch, each with its own box for the fox: **Box Track** holds two key frames, drag "
+        "them in its editor. **Masked Attention** keeps fox and rest apart in the first quarter of the steps. Set *masked_part* 0 to see "
+        "the pictures without boxes.\n\nFor real pictures swap **Demo Loader** for *Load Checkpoint* (SD1.5, SDXL), *masked_part* 0.1, "
+        "*frames* 1 and batch_size 1; add objects as lines `words | 0: x0 y0 x1 y1`, each with its words in the prompt."
+    )
+
+
 WORKFLOWS = {
     f.__name__: f
     for f in (
@@ -679,5 +738,6 @@ WORKFLOWS = {
         board_story,
         board_replace_frame,
         board_story_sdxl,
+        boxes_image,
     )
 }
