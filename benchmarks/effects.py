@@ -246,7 +246,7 @@ def report(args, results: dict[str, list[dict[str, float]]], own: dict[str, floa
         "",
         "Why 0.8 is out of reach here: the demo model hardly copies hats, with or without the block. Where it draws one",
         f"character twice in one picture, so that its own self-attention sees both, colours agree in {own['colour']:.0%} and hats",
-        f"in {own['hat']:.0%} of {4 * args.stories} pictures; a hat is two latent cells wide. The block carries what the model can "
+        f"in {own['hat']:.0%} of {args.stories} pictures; a hat is two latent cells wide. The block carries what the model can "
         "carry: colour, the",
         "larger mark, is the same in every panel once every layer shares. A sampling ratio above 0.5, more layers or 50 steps",
         "do not change that, so it is the model that falls short and not the sharing.",
@@ -278,9 +278,9 @@ def main() -> None:
     results = run(args, folder)
     if args.parts > 1:
         return
-    kept = folder / "twice.json"
+    kept = folder / f"twice_{args.stories}.json"
     if not kept.exists():
-        kept.write_text(json.dumps(twice(Studio(args.steps, args.cfg), 4 * args.stories)))
+        kept.write_text(json.dumps(twice(Studio(args.steps, args.cfg), args.stories)))
     lines = report(args, results, json.loads(kept.read_text()))
     docs = pack.ROOT / "docs"
     docs.mkdir(exist_ok=True)

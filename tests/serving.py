@@ -45,7 +45,7 @@ class Server:
 
     def run(self, graph: dict, stop_after: int | None = None) -> "Followed":
         """Queue a graph and follow it to its end; with `stop_after`, interrupt at that progress value of a sampler."""
-        return asyncio.run(asyncio.wait_for(self._run(graph, stop_after), 300))
+        return asyncio.run(asyncio.wait_for(self._run(graph, stop_after), 1200))
 
     async def _run(self, graph: dict, stop_after: int | None) -> "Followed":
         client, seen = uuid.uuid4().hex, Followed()
