@@ -79,7 +79,7 @@ class Digest:
         elif isinstance(value, type):
             self._say(_name(value))
         elif is_dataclass(value):
-            self.feed([_name(type(value)), *(getattr(value, field.name) for field in fields(value))])
+            self.feed([_name(type(value)), *(vars(value)[field.name] for field in fields(value))])
         elif isinstance(value, torch.nn.Module):
             self._feed_module(value)
         elif isinstance(value, comfy.controlnet.ControlBase) and type(value).__module__ == "comfy.controlnet":

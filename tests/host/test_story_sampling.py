@@ -41,8 +41,8 @@ def marked(panels, story=STORY, seed=1):
     return [[everything[list(panels)], {"storyweft_panels": tuple(panels), "storyweft_story": story}]]
 
 
-def sampler(patcher, panels=range(COUNT), store=None, options=OPTIONS, **changes):
-    model = override.register(patcher, ConsistentRule(options, "output path"))
+def sampler(patcher, panels=range(COUNT), store=None, options=OPTIONS, characters=(), **changes):
+    model = override.register(patcher, ConsistentRule(options, "output path", characters=characters))
     latent = {"samples": tiny.latent("sd15", 1)}
     return StorySampler(
         "StoryweftStorySampler",
@@ -249,18 +249,7 @@ def test_another_prompt_model_or_setting_is_another_panel(patcher, store):
 
 
 def recalled(patcher, characters, panels=(4, 6), **changes):
-    rule = ConsistentRule(OPTIONS, "output path", characters=characters)
-    model = override.register(patcher, rule)
-    latent = {"samples": tiny.latent("sd15", 1)}
-    return StorySampler(
-        "StoryweftStorySampler",
-        model,
-        marked(panels),
-        tiny.conditioning("sd15", 1, 2),
-        latent,
-        replace(SETTINGS, **changes),
-        None,
-    )
+    return sampler(patcher, panels, characters=characters, **changes)
 
 
 def test_a_saved_character_draws_the_same_later_panels_in_another_graph(patcher, tmp_path):
