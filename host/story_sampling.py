@@ -135,6 +135,7 @@ class StorySampler:
         self.positive, self.negative = positive, negative
         self.latent = self._latent(latent)
         self.mask = latent.get("noise_mask")
+        self._check_rows()
         self.characters = dict(self.rule.characters)
         self.fingerprint = fingerprint(model)
         self._keys: dict[int, str | None] = {}
@@ -144,6 +145,17 @@ class StorySampler:
             raise ValueError(
                 f"{node_id}: panel_seeds names panel {unknown[0] + 1}, and the conditioning has no such panel."
             )
+
+    def _check_rows(self) -> None:
+        """Core would repeat or cut what has another number of rows, without a word."""
+        rows = {f"{name} holds {len(tensor)} prompts": len(tensor) for name in ("positive", "negative") for tensor, _ in vars(self)[name]}
+        if self.mask is not None:
+            rows[f"latent_image holds {len(self.mask)} masks"] = len(self.mask)
+        for what, count in rows.items():
+            if count not in (1, len(self.panels)):
+                raise ValueError(
+                    f"{self.node_id}: {what} and the story part {len(self.panels)} panels; give one, or one for each panel."
+                )
 
     def _check_cast(self) -> None:
         named = {name for panel in self.panels for name in self.story.panels[panel].characters}

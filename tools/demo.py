@@ -45,8 +45,10 @@ async def draw(url: str, graph: dict) -> dict:
             elif event["type"] == "progress":
                 print(bar(data["value"], data["max"]), end="", flush=True)
             elif event["type"] == "execution_error":
+                print()
                 raise Trouble(f"{data['node_type']} failed: {data['exception_message'].strip()}")
         else:
+            print()
             raise Trouble(f"ComfyUI stopped while it was drawing (log: {OUTPUT / 'comfyui' / 'server.log'}).")
         print()
         async with session.get(f"{url}/history/{queued['prompt_id']}") as answer:

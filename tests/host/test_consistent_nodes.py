@@ -92,6 +92,9 @@ def test_a_panel_seed_for_a_panel_that_is_not_there_is_refused(sd15):
     ({"cfg": math.nan}, "cfg is nan"), ({"denoise": 0.0}, "denoise is 0.0"), ({"denoise": math.nan}, "denoise is nan"),
     ({"latent_image": {"samples": torch.zeros(2, 4, 8, 12)}}, "latent_image holds 2 latents and the conditioning 3 panels"),
     ({"positive": tiny.conditioning("sd15", 3, 1)}, "positive is not from StoryweftPanelConditioning"),
+    ({"negative": tiny.conditioning("sd15", 2, 2)}, "negative holds 2 prompts and the story part 3 panels; give one, or one for each"),
+    ({"latent_image": {"samples": torch.zeros(3, 4, 8, 12), "noise_mask": torch.ones(2, 1, 8, 12)}},
+     "latent_image holds 2 masks and the story part 3 panels"),
 ])
 def test_story_sampler_refusals(sd15, change, sentence):
     with pytest.raises(ValueError, match=f"StoryweftStorySampler: {sentence}"):
