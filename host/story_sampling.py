@@ -134,7 +134,8 @@ class StorySampler:
         self.story, self.panels = marks["storyweft_story"], marks["storyweft_panels"]
         self.positive, self.negative = positive, negative
         self.latent = self._latent(latent)
-        self.mask = latent.get("noise_mask")
+        mask = latent.get("noise_mask")
+        self.mask = mask if mask is None or mask.ndim > 2 else mask[None]
         self._check_rows()
         self.characters = dict(self.rule.characters)
         self.fingerprint = fingerprint(model)
