@@ -64,7 +64,7 @@ class Studio:
 
     @staticmethod
     def cut(picture: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.asarray(picture))[None] / 255
+        pixels = torch.from_numpy(np.array(picture))[None] / 255
         found = Subject.execute(pixels[..., :3], pixels[..., 3], "black", True).args[0].movedim(-1, 1)
         return torch.nn.functional.interpolate(found, (128, 128), mode="bilinear", antialias=True).movedim(1, -1)
 
