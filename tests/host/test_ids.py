@@ -23,6 +23,10 @@ def test_ids_that_were_released_stay():
         "StoryweftRecallCharacter",
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
+        "StoryweftAdaptivePromptAlignment",
+        "StoryweftLoadImageAdapter",
+        "StoryweftSubject",
+        "StoryweftDemoSubject",
     }
 
 
