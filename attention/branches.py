@@ -32,11 +32,10 @@ class Branch:
 
 def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divide: Divide = partition) -> Tensor:
     """Sum over branches of weight x attention for q [rows, heads, Q, dim]. A weight of 0 leaves its branch out."""
-    acting = [branch for branch in branches if torch.is_tensor(branch.weight) or branch.weight != 0]
-    alone = len(acting) == 1 and acting[0].rows.indices(len(q)) == (0, len(q), 1)
-    out = None if alone else torch.zeros_like(q)
-    touched: set[int] = set()
-    for branch in acting:
+    out, touched = None, set()
+    for branch in branches:
+        if not torch.is_tensor(branch.weight) and branch.weight == 0:
+            continue
         rows = range(*branch.rows.indices(len(q)))
         if branch.constraints:
             parts = divide(branch.constraints, len(rows), q.device)
@@ -45,11 +44,14 @@ def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divid
             found = attend(q[branch.rows], branch.k, branch.v, branch.bias)
         if torch.is_tensor(branch.weight) or branch.weight != 1:
             found = found * branch.weight
-        if alone:
-            return found
-        if touched.isdisjoint(rows):
-            out[branch.rows] = found
+        if len(rows) == len(q):
+            out = found if out is None else out + found
         else:
-            out[branch.rows] += found
+            if out is None:
+                out = torch.zeros_like(q)
+            if touched.isdisjoint(rows):
+                out[branch.rows] = found
+            else:
+                out[branch.rows] += found
         touched.update(rows)
-    return out
+    return torch.zeros_like(q) if out is None else out

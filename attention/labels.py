@@ -50,6 +50,11 @@ class MaskRegions:
     def frames(self) -> int:
         return self.masks.shape[1]
 
+    @property
+    def present(self) -> Tensor:
+        """Where an object is at all, [objects, frames]."""
+        return self.masks.flatten(2).any(2)
+
     def labels(self, groups: Sequence[Sequence[int]], height: int, width: int, union: bool = True) -> Tensor:
         """Labels [groups, height·width]; a group holds the frames that one token frame stands for.
 
@@ -75,6 +80,11 @@ class BoxRegions:
     def frames(self) -> int:
         return self.boxes.shape[1]
 
+    @property
+    def present(self) -> Tensor:
+        """Where an object is at all, [objects, frames]."""
+        return ~self.boxes[..., 0].isnan()
+
     def sampled(self, height: int, width: int) -> MaskRegions:
         """The same read as the authors do, from masks of the latent's size."""
         return MaskRegions(box_masks(self.boxes, height, width))
@@ -94,12 +104,11 @@ class BoxRegions:
         A box too small to cover any token by half marks the token that holds its centre.
         """
         covered = self.coverage(height, width)
-        present = ~self.boxes[..., 0].isnan()
         marked = torch.zeros(len(self.boxes), len(groups), height, width, dtype=torch.bool)
         for place, group in enumerate(groups):
             held = covered[:, list(group)]
             marked[:, place] = (held.amax(1) if union else held.mean(1)) >= HALF
-            for number, there in enumerate(present[:, list(group)]):
+            for number, there in enumerate(self.present[:, list(group)]):
                 enough = there.any() if union else 2 * there.sum() >= len(group)
                 if enough and not marked[number, place].any():
                     boxes = self.boxes[number, list(group)][there].clamp(0, 1)

@@ -21,7 +21,10 @@ def find(model, node_id: str):
 def _make(diffusion_model, node_id: str):
     names = [base.__name__ for base in type(diffusion_model).__mro__]
     if set(names) & set(UNETS):
-        return UNetFamily(diffusion_model)
+        family = UNetFamily(diffusion_model)
+        if not family.layers:
+            raise ValueError(f"{node_id}: this {family.model_class} has no self-attention, so there is nothing to act on.")
+        return family
     form = next((FORMS[name] for name in names if name in FORMS), None)
     if form is not None:
         return TransformerFamily(diffusion_model, form)

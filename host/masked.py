@@ -139,13 +139,12 @@ class MaskedRule(Rule):
         """Before a run goes on, every layer that should be masked must have been recognised."""
         yield
         state = run.state[self]
-        if state.checked or run.sigma <= state.until:
+        if state.checked or run.sigma <= state.until or not run.reached:
             return
         state.checked = True
         layers = [*run.family.layers, *run.family.cross_layers, *run.family.time_layers]
-        lost = [
-            layer for layer in layers if self.wants(layer, run) and layer not in run.reached and layer not in run.bypassed
-        ]
+        found = {*run.reached, *run.bypassed, call.mark and call.mark.layer}
+        lost = [layer for layer in layers if self.wants(layer, run) and layer not in found]
         if lost:
             raise RuntimeError(
                 f"{self.node_id}: {len(lost)} attention layers of {run.family.model_class}, first {lost[0]}, came with an "
@@ -226,13 +225,14 @@ def _grouped(labels: Tensor, words: Words) -> Tensor:
 
 
 def _repeated(words: Words, length: int, node_id: str, entry) -> Tensor:
-    """Labels of keys: core repeats a prompt so that it is as long as its partner."""
-    times, rest = divmod(length, len(words.labels))
-    if rest:
-        raise RuntimeError(
-            f"{node_id}: {entry.role} prompt {entry.index} arrives with {length} tokens, no multiple of {len(words.labels)}."
-        )
-    return torch.tensor(words.labels).repeat(times)
+    """Labels of keys. Core repeats a prompt to the length of its partner; a negative may have more or fewer chunks."""
+    text = entry.cond.get("cross_attn")
+    own = length if text is None else text.shape[1]
+    labels = torch.tensor(words.labels)
+    labels = labels.repeat(-(-own // len(labels)))[:own]
+    if length % own:
+        raise RuntimeError(f"{node_id}: {entry.role} prompt {entry.index} of {own} tokens arrives with {length}.")
+    return labels.repeat(length // own)
 
 
 def _fitted(words: Words, length: int, node_id: str, entry) -> Tensor:
@@ -315,16 +315,17 @@ class State:
         key = (groups, height, width)
         if key not in self._labels:
             self._labels[key] = self.regions.labels(groups, height, width, self.rule.options.union)
-            self._warn(self._labels[key], height, width)
+            self._warn(self._labels[key], groups, height, width)
         return self._labels[key]
 
     def frame_labels(self, items, height: int, width: int) -> Tensor:
         """Labels [pictures, height·width] of the pictures `items`."""
         return self.at(tuple(tuple(self.frames[item]) for item in items), height, width)
 
-    def _warn(self, labels: Tensor, height: int, width: int) -> None:
-        for number in range(1, self._objects() + 1):
-            if not (labels == number).any():
+    def _warn(self, labels: Tensor, groups, height: int, width: int) -> None:
+        frames = sorted({frame for group in groups for frame in group})
+        for number, there in enumerate(self.regions.present[:, frames].any(1).tolist(), 1):
+            if there and not (labels == number).any():
                 logging.warning(
                     "%s: object %s covers no token of a %s x %s layer and is not placed there.",
                     self.rule.node_id,
@@ -332,9 +333,6 @@ class State:
                     width,
                     height,
                 )
-
-    def _objects(self) -> int:
-        return len(self.regions.boxes if isinstance(self.regions, BoxRegions) else self.regions.masks)
 
     def name(self, call, layout: Layout, kind: str):
         """Content key of a constraint: everything its labels depend on."""

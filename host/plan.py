@@ -78,23 +78,36 @@ class CrossPlan:
         self.extra: list[Branch] = []
 
     def run(self, attend, divisions: Divisions) -> Tensor:
-        branches = [branch for chunk in self.text for branch in chunk]
+        weights = self._weights()
+        if weights is not None and not any(torch.is_tensor(weight) for weight in weights) and len(set(weights)) == 1:
+            branches = [Branch(slice(0, len(self.q)), self.k, self.v, weights[0], bias=self.bias)]  # one call for all
+        else:
+            branches = [branch for chunk in self.text for branch in chunk]
         return attend_branches(self.q, [*branches, *self.extra], attend, divisions)
+
+    def _weights(self) -> list[float | Tensor] | None:
+        """The weight of each chunk's text, None when a rule changed more of it than that."""
+        whole = [x for x in (self.k, self.v, self.bias) if x is not None]
+        for branches in self.text:
+            if len(branches) != 1 or branches[0].constraints:
+                return None
+            own = [x for x in (branches[0].k, branches[0].v, branches[0].bias) if x is not None]
+            parts = [x[branches[0].rows] for x in whole]
+            if [(x.data_ptr(), x.shape) for x in own] != [(x.data_ptr(), x.shape) for x in parts]:
+                return None
+        return [branches[0].weight for branches in self.text]
 
     def run_replaced(self, text: Tensor, attend, divisions: Divisions) -> Tensor | None:
         """The same around `text` [rows, heads, tokens, dim], what another pack's patch made of the prompt.
 
         None when a rule changed more of the text branches than one weight per chunk, which such a patch cannot take.
         """
+        weights = self._weights()
+        if weights is None:
+            return None
         out = text.clone()
-        for chunk, branches in enumerate(self.text):
-            if (
-                len(branches) != 1
-                or branches[0].constraints
-                or branches[0].k.data_ptr() != self.k[branches[0].rows].data_ptr()
-            ):
-                return None
-            if torch.is_tensor(branches[0].weight) or branches[0].weight != 1:
+        for chunk, weight in enumerate(weights):
+            if torch.is_tensor(weight) or weight != 1:
                 rows = self.layout.chunk_rows(chunk)
-                out[rows.start : rows.stop] *= branches[0].weight
+                out[rows.start : rows.stop] *= weight
         return out + attend_branches(self.q, self.extra, attend, divisions) if self.extra else out

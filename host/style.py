@@ -82,8 +82,8 @@ class StyleRule(Rule):
     def prepare(self, run, call, options: dict) -> None:
         if call.items[0] != 0 and self.acts(run):
             raise RuntimeError(
-                f"{self.node_id}: a context window shows the model pictures {call.items[0] + 1} to {call.items[-1] + 1} "
-                "without picture 1, the style reference; remove the context windows."
+                f"{self.node_id}: a context window shows the model pictures {', '.join(str(i + 1) for i in call.items)} without "
+                "picture 1, the style reference; remove the context windows."
             )
 
     def control(self, run, call, control: dict) -> dict:

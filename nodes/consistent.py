@@ -7,7 +7,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..attention.consistent import ConsistentOptions
-from ..host import bank, override
+from ..host import bank, families, override
 from ..host.consistent import PATHS, ConsistentRule
 
 Character = io.Custom("STORYWEFT_CHARACTER")
@@ -162,7 +162,10 @@ class ConsistentSelfAttention(io.ComfyNode):
         high = math.inf if start_percent == 0 else float(sampling.percent_to_sigma(start_percent))
         low = 0.0 if end_percent == 1 else float(sampling.percent_to_sigma(end_percent))
         options = ConsistentOptions(sampling_ratio, share_early, share_late, late_from, first_step, window, draw_seed)
-        return io.NodeOutput(override.register(model, ConsistentRule(options, layers, (high, low))))
+        rule, family = ConsistentRule(options, layers, (high, low)), families.find(model, node_id)
+        if not any(map(rule.covers, family.layers)):
+            raise ValueError(f"{node_id}: layers is '{layers}', and this {family.model_class} has no self-attention there.")
+        return io.NodeOutput(override.register(model, rule))
 
 
 class RecallCharacter(io.ComfyNode):

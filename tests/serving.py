@@ -13,8 +13,17 @@ sys.path.insert(0, str(ROOT / "tools"))
 import serve as tools_server  # noqa: E402
 
 RUNNABLE = (  # in this order: saved_character reads a file that long_story saves
-    "consistent_story", "long_story", "two_characters", "saved_character", "boxes_from_text", "subject_and_text",
+    "consistent_story",
+    "long_story",
+    "two_characters",
+    "saved_character",
+    "style_set",
+    "style_from_picture",
+    "boxes_from_text",
+    "subject_and_text",
     "two_subjects",
+    "board_story",
+    "board_replace_frame",
 )
 
 

@@ -5,28 +5,17 @@ forms back, so that they are what a user's own "Save" and "Export (API)" would w
 """
 
 import json
-import shutil
 import sys
 import tempfile
-import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from environment import ROOT, one_sentence, say  # noqa: E402
-from playwright.sync_api import sync_playwright  # noqa: E402
+from opening import opened  # noqa: E402
 from serve import free_port, running  # noqa: E402
 from workflow_sources import WORKFLOWS  # noqa: E402
 
-BROWSER = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-]
 HEIGHT = 1180  # of a column of nodes, so that a whole graph fits a window at a size where titles can be read
-READY = """() => window.app?.vueAppReady && window.app?.extensionManager
-    && Object.keys(window.LiteGraph?.registered_node_types || {}).length > 100"""
 BUILD = """async ([api, text, name, HEIGHT]) => {
     await app.loadApiJson(api, name);
     const depth = {};
@@ -57,17 +46,7 @@ BUILD = """async ([api, text, name, HEIGHT]) => {
 
 def main() -> None:
     (ROOT / "workflows" / "api").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as base, running(free_port(), Path(base)) as (url, _), sync_playwright() as play:
-        body = json.dumps(
-            {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.RightSidePanel.IsOpen": False}
-        ).encode()
-        urllib.request.urlopen(
-            urllib.request.Request(f"{url}/api/settings", body, {"Content-Type": "application/json"})
-        ).close()
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.goto(url, wait_until="domcontentloaded")
-        page.wait_for_function(READY, timeout=120000)
+    with tempfile.TemporaryDirectory() as base, running(free_port(), Path(base)) as (url, _), opened(url, 1600, 1000) as page:
         for name, source in WORKFLOWS.items():
             api, note = source()
             workflow, output = page.evaluate(BUILD, [api, note, name, HEIGHT])
@@ -76,7 +55,6 @@ def main() -> None:
                 json.dumps(output, indent=1, ensure_ascii=False) + "\n"
             )
             say(f"wrote workflows/{name}.json, {len(output)} nodes")
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ PLACES = (
     "in the desert at night",
     "in the meadow at sunset",
 )
+
+
 CAPTIONS = (
     "One morning the fox left the forest,",
     "rested by the sea,",
@@ -28,7 +30,11 @@ CAPTIONS = (
     "slept under desert stars",
     "and came home at dusk.",
 )
+
+
 FOX = "\n".join(f"[Fox] {place} # {caption}" for place, caption in zip(PLACES, CAPTIONS, strict=True))
+
+
 TWO = "\n".join(
     (
         "[Fox] in the forest by day # The fox lives in the forest,",
@@ -259,12 +265,25 @@ def boxes_from_text() -> tuple[dict, str]:
     picture = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))()
     picture = graph.add("ImageScaleBy", "Larger", image=picture, upscale_method="lanczos", scale_by=4.0)()
     track = graph.add(
-        "StoryweftBoxTrack", "Box Track", boxes=planner(1), interpolation="smooth", images=picture, source_words="",
-        source_width=0.25, source_height=0.25, **size,
+        "StoryweftBoxTrack",
+        "Box Track",
+        boxes=planner(1),
+        interpolation="smooth",
+        images=picture,
+        source_words="",
+        source_width=0.25,
+        source_height=0.25,
+        **size,
     )
     graph.add(
-        "SaveAnimatedWEBP", "Save Preview", images=track(2), filename_prefix="storyweft/boxes_from_text", fps=8.0,
-        lossless=False, quality=80, method="default",
+        "SaveAnimatedWEBP",
+        "Save Preview",
+        images=track(2),
+        filename_prefix="storyweft/boxes_from_text",
+        fps=8.0,
+        lossless=False,
+        quality=80,
+        method="default",
     )
     return graph.nodes, (
         "## Boxes from text\nA language model plans where things are: **Box Plan Prompt** writes the question, **Box Planner** reads the "
@@ -382,12 +401,16 @@ def subject_and_text_sdxl() -> tuple[dict, str]:
         learned_alphas="none",
     )
     image = graph.add("LoadImage", "Your subject", image="example.png")
-    remover = graph.add("LoadBackgroundRemovalModel", "Background Removal Model", bg_removal_name="birefnet.safetensors")
+    remover = graph.add(
+        "LoadBackgroundRemovalModel", "Background Removal Model", bg_removal_name="birefnet.safetensors"
+    )
     mask = graph.add("RemoveBackground", "Remove Background", bg_removal_model=remover(), image=image())
     cut = _subject(graph, image(), mask())
     graph.add("PreviewImage", "Cut out", images=cut())
     model = _aligned(graph, loader(), adapter(), vision(), cut(), alpha_image=0.7)
-    positive = graph.add("CLIPTextEncode", "Prompt", clip=loader(1), text="riding a bicycle through the snow, photograph")
+    positive = graph.add(
+        "CLIPTextEncode", "Prompt", clip=loader(1), text="riding a bicycle through the snow, photograph"
+    )
     negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="blurry, deformed")
     latent = graph.add("EmptyLatentImage", "Size", width=1024, height=1024, batch_size=1)
     drawn = _sampler(graph, model(), positive(), negative(), latent(), 5, 30, 6.0)
@@ -397,6 +420,303 @@ def subject_and_text_sdxl() -> tuple[dict, str]:
         "## Subject and text on SDXL\nPut *ip-adapter-plus_sdxl_vit-h.safetensors* of h94/IP-Adapter into models/ipadapter, its ViT-H "
         "encoder into models/clip_vision and a BiRefNet model into models/background_removal. SAM3 or a painted mask do as well. "
         "Start at *alpha_image* 0.7; more keeps more of the picture and less of the prompt."
+    )
+
+
+LIGHT = "\n".join(
+    (
+        "an owl in the snow at night # At night",
+        "a bear in the city # all of them",
+        "a snail in the meadow # are of one colour,",
+        "a robot on the beach # and nobody said which.",
+    )
+)
+
+
+GIVEN = "\n".join(
+    (
+        "a fox on the beach at sunset # The picture that was given.",
+        "an elephant in the desert # The desert takes its light,",
+        "a rabbit in the forest # the forest too,",
+        "a dinosaur in the snow # and everybody its colours.",
+    )
+)
+
+
+def _style(graph: Graph, model, shift=0.0, group_norm=True):
+    return graph.add(
+        "StoryweftStyleAligned",
+        "StyleAligned",
+        model=model,
+        shared_score_shift=shift,
+        shared_score_scale=1.0,
+        only_self_level=0.0,
+        share_group_norm=group_norm,
+        share_attention=True,
+        adain_queries=True,
+        adain_keys=True,
+        adain_values=False,
+        full_attention_share=False,
+        control_first_picture=False,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+
+
+def style_set() -> tuple[dict, str]:
+    graph = Graph()
+    loader, script, positive, negative = _demo(graph, "", LIGHT, 0)
+    block = _style(graph, loader())
+    latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=script(1))
+    drawn = _sampler(graph, block(), positive(), negative(), latent(), 7)
+    _sheet(graph, drawn(), loader(2), script(), "style_set")
+    return graph.nodes, (
+        "## Style set\nFour kinds in four places. Only the first prompt says *at night*, and none names a colour: the other "
+        "pictures take light and colours from the first, which is what it would be alone. Bypass **StyleAligned** (Ctrl-B) to see the "
+        "difference.\n\nFor real pictures see *style_set_sdxl*, or swap **Demo Loader** for an SD1.5 checkpoint at 512, 50 steps, cfg 7.5."
+    )
+
+
+def style_from_picture() -> tuple[dict, str]:
+    graph = Graph()
+    loader, script, positive, negative = _demo(graph, "", GIVEN, 0)
+    alone = graph.add(
+        "CLIPTextEncode", "Prompt of the given picture", clip=loader(1), text="a fox on the beach at sunset"
+    )
+    one = graph.add("EmptyLatentImage", "One picture", width=128, height=128, batch_size=1)
+    first = _sampler(graph, loader(), alone(), negative(), one(), 12)
+    given = graph.add("VAEDecode", "The given picture", samples=first(), vae=loader(2))
+    encoded = graph.add("VAEEncode", "Encode", pixels=given(), vae=loader(2))
+    block = _style(graph, loader(), 0.69)
+    reference = graph.add(
+        "StoryweftStyleReference",
+        "Style Reference Picture",
+        model=block(),
+        positive=positive(),
+        negative=negative(),
+        latent=encoded(),
+        batch_size=script(1),
+        steps=24,
+        scheduler="normal",
+        inversion_cfg=2.0,
+        offset=2,
+    )
+    drawn = _sampler(graph, reference(), positive(), negative(), reference(1), 5)
+    _sheet(graph, drawn(), loader(2), script(), "style_from_picture")
+    return graph.nodes, (
+        "## Style from a picture\nThe given picture is inverted to noise and replayed as the first of the batch; the others take its "
+        "light and colours. Here another sampler draws it, so that nothing must be loaded: put *Load Image* in place of **The given "
+        "picture** for your own, and describe it in the first line of the script.\n\nSampler and **Style Reference Picture** need the "
+        "same steps and scheduler. SDXL: 50 steps, offset 5, cfg 10, negative through *ConditioningZeroOut*."
+    )
+
+
+def style_set_sdxl() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("CheckpointLoaderSimple", "Load Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")
+    script = graph.add(
+        "StoryweftScript",
+        "Story Script",
+        characters="",
+        id_panels=0,
+        panels="a toy train # Train\na toy airplane # Airplane\na toy bicycle # Bicycle\na toy car # Car",
+        style="{prompt}, macro photo, 3d game asset",
+    )
+    positive = graph.add(
+        "StoryweftPanelConditioning", "Panel Conditioning", clip=loader(1), story=script(), panels="all"
+    )
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    block = _style(graph, loader(), group_norm=False)
+    latent = graph.add("EmptyLatentImage", "Size", width=1024, height=1024, batch_size=script(1))
+    drawn = _sampler(graph, block(), positive(), negative(), latent(), 10, 50, 5.0)
+    _sheet(graph, drawn(), loader(2), script(), "style_set_sdxl", larger=1)
+    return graph.nodes, (
+        "## Style set on SDXL\nThe authors' settings: DDIM, 50 steps, cfg 5, share_group_norm off. Choose your own SDXL checkpoint. "
+        "The first picture sets the style; repeat its prompt and seed with new lines after it to draw more of the set. With a "
+        "ControlNet (strength 0.8) only the pictures after the first are steered."
+    )
+
+
+BOARD_CAPTIONS = "\n".join(f"a fox {place}" for place in PLACES[:4])
+
+
+def _board(graph: Graph, clip, captions: str, rows=2, columns=2, side=128, **more):
+    given = {
+        "captions": captions,
+        "rows": rows,
+        "columns": columns,
+        "frame_width": side,
+        "frame_height": side,
+        "order": "row by row",
+        "known_frames": "",
+        "draw_frames": "",
+        "boards": 1,
+        "missing_captions": "refuse",
+        "other_sizes": "refuse",
+    }
+    return graph.add("StoryweftBoard", "Board", clip=clip, **given | more)
+
+
+def _frame_story(graph: Graph, model, conditioning, blend=0.0, **more):
+    return graph.add(
+        "StoryweftFrameStoryCrossAttention",
+        "Frame-Story Cross Attention",
+        model=model,
+        conditioning=conditioning,
+        blend=blend,
+        known_frames="renoise",
+        layers="all",
+        start_percent=0.0,
+        end_percent=1.0,
+        **more,
+    )
+
+
+def _captioned(graph: Graph, pictures, captions: str, name: str, larger=2.0):
+    if larger != 1:
+        pictures = graph.add("ImageScaleBy", "Larger", image=pictures, upscale_method="lanczos", scale_by=larger)()
+    sheet = graph.add(
+        "StoryweftStoryboard",
+        "Storyboard",
+        images=pictures,
+        captions=captions,
+        layout="grid",
+        columns=2,
+        caption_position="below",
+        font_size=0,
+        gap=12,
+        background="#ffffff",
+    )
+    graph.add("SaveImage", "Save Sheet", images=sheet(), filename_prefix=f"storyweft/{name}")
+
+
+def _drawn_board(graph: Graph, loader, board, negative, seed: int, steps=24, cfg=4.0, blend=0.0, **more):
+    block = _frame_story(graph, loader(), board(1), blend, **more)
+    drawn = _sampler(graph, block(), block(1), negative(), board(), seed, steps, cfg)
+    return graph.add("StoryweftBoardFrames", "Board Frames", samples=drawn(), board=board(2), vae=loader(2))
+
+
+def board_story() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    board = _board(graph, loader(1), BOARD_CAPTIONS, 1, 4)
+    frames = _drawn_board(graph, loader, board, negative, 3)
+    _captioned(graph, frames(), BOARD_CAPTIONS, "board_story")
+    graph.add("PreviewAny", "Report", source=board(3))
+    return graph.nodes, (
+        "## Board story\nFour frames drawn as **one** picture, so that they share one look; **Frame-Story Cross Attention** gives each "
+        "frame its own caption. Bypass it (Ctrl-B) and the model reads one joined prompt: places melt into each other.\n\nThe demo "
+        "model was made for single pictures of 128 px: foxes may be missing, doubled or cut by a border. For real pictures swap "
+        "**Demo Loader** for *Load Checkpoint*: SDXL with 2 x 2 frames of 512, or see *board_story_sdxl*."
+    )
+
+
+def board_replace_frame() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    board = _board(graph, loader(1), BOARD_CAPTIONS, 1, 4)
+    frames = _drawn_board(graph, loader, board, negative, 3)
+    changed = BOARD_CAPTIONS.replace(PLACES[2], "in the desert at night")
+    again = _board(
+        graph, loader(1), changed, 1, 4, draw_frames="3", known_images=frames(), known_latents=frames(1), vae=loader(2)
+    )
+    second = _drawn_board(graph, loader, again, negative, 8)
+    _captioned(graph, frames(), BOARD_CAPTIONS, "board_before")
+    _captioned(graph, second(), changed, "board_replace_frame")
+    graph.add("PreviewAny", "Report", source=again(3))
+    return graph.nodes, (
+        "## Replace one frame\nThe first board is drawn whole. The second takes its pictures **and** latents as known frames, draws "
+        "frame 3 anew with another caption and seed, and keeps the other three to the last bit. Leave *draw_frames* empty and give "
+        "fewer pictures to continue a story instead."
+    )
+
+
+def board_story_sdxl() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("CheckpointLoaderSimple", "Load Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="blurry, deformed, text, frame borders")
+    captions = "\n".join(
+        f"comic panel, a red-haired girl in a blue coat {deed}, clean lines"
+        for deed in (
+            "reads a book in a library",
+            "runs through the rain",
+            "sits in a train",
+            "stands on a hill by the sea",
+        )
+    )
+    summary = graph.add(
+        "CLIPTextEncode",
+        "Summary",
+        clip=loader(1),
+        text="four comic panels about one red-haired girl in a blue coat, the same artist and colours throughout",
+    )
+    board = _board(graph, loader(1), captions, side=512)
+    frames = _drawn_board(graph, loader, board, negative, 3, 30, 6.0, 0.2, summary=summary())
+    _captioned(graph, frames(), captions, "board_story_sdxl", 1)
+    return graph.nodes, (
+        "## Board story on SDXL\n2 x 2 frames of 512 px make one picture of 1024, the size SDXL knows. The **summary** is what the story "
+        "branch reads; *blend* is its weight. Choose your own SDXL checkpoint. Frames must be multiples of 32 px."
+    )
+
+
+def boxes_image() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    track = graph.add(
+        "StoryweftBoxTrack",
+        "Box Track",
+        boxes="fox | 0: 0 0.5 0.45 0.95 | 1: 0.55 0.35 1 0.8\n",
+        frames=4,
+        width=128,
+        height=128,
+        interpolation="linear",
+        source_words="",
+        source_width=0.25,
+        source_height=0.25,
+    )
+    masked = graph.add(
+        "StoryweftMaskedAttention",
+        "Masked Attention",
+        model=loader(),
+        boxes=track(),
+        clip=loader(1),
+        prompt="a fox in the meadow by day",
+        masked_part=0.25,
+        masked_steps=0,
+        spatial=True,
+        temporal=True,
+        cross=True,
+        layers="auto",
+        frame_rule="average",
+        sampling="by area",
+    )
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=4)
+    drawn = _sampler(graph, masked(), masked(1), negative(), latent(), 3)
+    pictures = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))()
+    pictures = graph.add("ImageScaleBy", "Larger", image=pictures, upscale_method="lanczos", scale_by=3.0)()
+    graph.add("SaveImage", "Save Pictures", images=pictures, filename_prefix="storyweft/boxes_image")
+    shown = graph.add(
+        "StoryweftBoxTrack",
+        "Boxes on Pictures",
+        boxes=track(1),
+        frames=4,
+        width=128,
+        height=128,
+        interpolation="linear",
+        images=pictures,
+        source_words="",
+        source_width=0.25,
+        source_height=0.25,
+    )
+    graph.add("SaveImage", "Save Boxes", images=shown(2), filename_prefix="storyweft/boxes_image_boxes")
+    return graph.nodes, (
+        "## Boxes in pictures\nFour pictures of one batch, each with its own box for the fox: **Box Track** holds two key frames, drag "
+        "them in its editor. **Masked Attention** keeps fox and rest apart in the first quarter of the steps. Set *masked_part* 0 to see "
+        "the pictures without boxes.\n\nFor real pictures swap **Demo Loader** for *Load Checkpoint* (SD1.5, SDXL), *masked_part* 0.1, "
+        "*frames* 1 and batch_size 1; add objects as lines `words | 0: x0 y0 x1 y1`, each with its words in the prompt."
     )
 
 
@@ -412,5 +732,12 @@ WORKFLOWS = {
         subject_and_text,
         two_subjects,
         subject_and_text_sdxl,
+        style_set,
+        style_from_picture,
+        style_set_sdxl,
+        board_story,
+        board_replace_frame,
+        board_story_sdxl,
+        boxes_image,
     )
 }

@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d
 
 from .facts import load_autoencoder, pages
 
-LIMITS = {"unet": 12e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6}  # bytes
+LIMITS = {"unet": 12e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6, "adapter": 0.6e6}  # bytes
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
 """The box editor in the real page, in both renderers: the mouse, the timeline, the keyboard, saving and loading, a connected picture."""
 import json
-import urllib.request
 
 import pytest
-from conftest import READY
+from opening import READY, settings
 from test_browser import QUEUE
 
 NEW = """async () => {
@@ -21,8 +20,7 @@ LINE = "fox | 0: 0.1 0.5 0.3 0.9 | 1: 0.6 0.5 0.8 0.9"
 
 
 def render(page, url: str, vue: bool) -> None:
-    body = json.dumps({"Comfy.VueNodes.Enabled": vue}).encode()
-    urllib.request.urlopen(urllib.request.Request(f"{url}/api/settings", body, {"Content-Type": "application/json"})).close()
+    settings(url, {"Comfy.VueNodes.Enabled": vue})
     page.reload(wait_until="domcontentloaded")
     page.wait_for_function(READY, timeout=120000)
     page.wait_for_timeout(1500)

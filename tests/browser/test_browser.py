@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from opening import READY, settings
 from serving import ROOT, RUNNABLE
 
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -78,13 +79,14 @@ def test_a_bad_input_shows_its_sentence_in_the_page(page, screenshots):
     assert "StoryweftScript: panels, line 1" in page.content()
 
 
-@pytest.fixture(scope="module", params=["en", "ko"])      # last in the file: the page lays its graph anew after the switch
-def language(page, request):
-    page.evaluate("async language => { await app.extensionManager.setting.set('Comfy.Locale', language); }", request.param)
+@pytest.fixture(scope="module", params=["en", "ko"])
+def language(page, comfy, request):
+    settings(comfy.url, {"Comfy.Locale": request.param})
+    page.reload(wait_until="domcontentloaded")
+    page.wait_for_function(READY, timeout=120000)
     texts = json.loads((ROOT / "locales" / request.param / "nodeDefs.json").read_text())
-    titled = "title => LiteGraph.registered_node_types.StoryweftScript.title === title"
-    page.wait_for_function(titled, arg=texts["StoryweftScript"]["display_name"], timeout=30000)
-    page.wait_for_timeout(2000)
+    title = page.evaluate("() => LiteGraph.registered_node_types.StoryweftScript.title")
+    assert title == texts["StoryweftScript"]["display_name"]
     return request.param
 
 

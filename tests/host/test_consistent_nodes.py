@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import comfy.cldm.cldm
 import comfy.controlnet
+import comfy.model_management
+import comfy.model_patcher
 import pytest
 import tiny
 import torch
+from comfy_api.latest._io import HiddenHolder
+from comfy_execution.graph import DynamicPrompt
 from storyweft.host.story_sampling import rows_of
 from storyweft.nodes.consistent import ConsistentSelfAttention, LoadCharacter, RecallCharacter, SaveCharacter
-from storyweft.nodes.sampler import StorySamplerNode, seeds_of
+from storyweft.nodes.sampler import StorySamplerNode, is_read, seeds_of
 from storyweft.story.script import parse_script
 
 STORY = parse_script("[Ana] a fox", "[Ana] runs\n[Ana] sits\n[Ana] sleeps", id_count=2)
@@ -57,7 +61,23 @@ def test_a_window_of_one_is_refused(sd15):
         block(sd15, window=1)
 
 
-@pytest.mark.parametrize(("text", "line"), [("3", "3"), ("0: 5", "0: 5"), ("1: 2\nx: 3", "x: 3"), ("2: -1", "2: -1")])
+def test_a_unet_without_self_attention_is_refused_when_the_block_is_put_on_it(monkeypatch):
+    bare = tiny.UNET | {"transformer_depth": [0, 0], "transformer_depth_output": [0, 0, 0, 0], "transformer_depth_middle": -1}
+    monkeypatch.setitem(tiny.FAMILIES, "bare", tiny.FAMILIES["sd15"]._replace(settings=bare))
+    with pytest.raises(ValueError, match="StoryweftConsistentSelfAttention: .*no self-attention"):
+        block(tiny.build("bare"))
+
+
+def test_a_choice_of_layers_that_a_model_does_not_have_is_refused(monkeypatch):
+    bare = tiny.UNET | {"transformer_depth_output": [0, 0, 0, 0]}
+    monkeypatch.setitem(tiny.FAMILIES, "bare", tiny.FAMILIES["sd15"]._replace(settings=bare))
+    with pytest.raises(ValueError, match="StoryweftConsistentSelfAttention: layers is 'output path'"):
+        block(tiny.build("bare"))
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("3", "3"), ("0: 5", "0: 5"), ("1: 2\nx: 3", "x: 3"), ("2: -1", "2: -1"), ("2: 1\n2: 3", "2: 3"), (f"1: {2**64}", f"1: {2**64}"),
+])
 def test_a_wrong_panel_seed_line_is_quoted(text, line):
     with pytest.raises(ValueError, match=f"panel_seeds has the line '{line}'"):
         seeds_of(text)
@@ -121,6 +141,65 @@ def test_recalling_a_character_twice_or_with_other_layers_is_refused(sd15):
         RecallCharacter.execute(model, character)
     with pytest.raises(ValueError, match="was made with layers 'output path' and the model's block has 'all'"):
         RecallCharacter.execute(block(sd15, layers="all"), character)
+
+
+def test_names_that_would_share_a_file_are_refused(sd15):
+    one = story(block(sd15)).args[1][0]
+    with pytest.raises(ValueError, match="characters 'A b' and 'A_b' would both be written to x_A_b.safetensors; rename one"):
+        SaveCharacter.execute([replace(one, name="A b"), replace(one, name="A_b")], "x")
+
+
+@pytest.mark.parametrize("act", [
+    lambda model: SaveCharacter.execute((), "x"), lambda model: RecallCharacter.execute(model, ()),
+], ids=["save", "recall"])
+def test_an_empty_character_is_refused_with_the_remedy(sd15, act):
+    with pytest.raises(ValueError, match="character is empty, because the Story Sampler that ran made no bank; set its memory to bank"):
+        act(sd15)
+
+
+def test_a_connected_character_output_is_seen():
+    graph = {"1": {"inputs": {"seed": 1}}, "2": {"inputs": {"character": ["1", 1], "x": ["1", 0]}}}
+    seen = [is_read(HiddenHolder(id_, None, None, DynamicPrompt(graph), None, None), 1) for id_ in ("1", "2")]
+    assert seen == [True, False]
+    assert not is_read(None, 1)
+
+
+def test_two_graphs_on_one_model_do_not_touch_each_other(sd15):
+    inputs = positive(), tiny.conditioning("sd15", 1, 2), tiny.latent("sd15", 3)
+    one, other = block(sd15), block(sd15, sampling_ratio=1.0, layers="all", first_step=0)
+    plain, first, second = (tiny.sample(model, *inputs) for model in (sd15, one, other))
+    assert not torch.equal(first, second)
+    for model, out in ((other, second), (sd15, plain), (one, first)):
+        assert torch.equal(tiny.sample(model, *inputs), out)
+
+
+def test_a_story_with_cond_and_uncond_in_calls_of_their_own_is_the_same(sd15, monkeypatch):
+    together = story(block(sd15)).args
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: 1)
+    apart = story(block(sd15)).args
+    torch.testing.assert_close(apart[0]["samples"], together[0]["samples"], atol=2e-3, rtol=1e-5)
+    assert {key: tensor.shape for key, tensor in apart[1][0].tensors.items()} == {
+        key: tensor.shape for key, tensor in together[1][0].tensors.items()
+    }
+
+
+@pytest.mark.parametrize("at", [1, 6])
+def test_an_interrupt_stops_before_the_next_step_and_leaves_nothing_behind(sd15, monkeypatch, at):
+    whole = story(block(sd15)).args[0]["samples"]
+    real, calls = tiny.comfy.model_base.BaseModel.apply_model, []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            comfy.model_management.interrupt_current_processing()
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny.comfy.model_base.BaseModel, "apply_model", counting)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            story(block(sd15))
+    assert len(calls) == at
+    assert torch.equal(story(block(sd15)).args[0]["samples"], whole)
 
 
 def test_a_file_name_without_letters_is_refused(sd15):

@@ -28,6 +28,7 @@ def test_ids_that_were_released_stay():
         "StoryweftRecallCharacter",
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
+        "StoryweftMaskedAttention",
         "StoryweftBoxTrack",
         "StoryweftBoxPlanPrompt",
         "StoryweftBoxPlanner",

@@ -65,6 +65,16 @@ def test_panels_drawn_before_an_interrupt_are_kept(server):
     assert "drew panel 12" in report
 
 
+def test_a_character_is_saved_although_every_panel_is_kept_from_an_earlier_run(server):
+    prepare(server, "saved_character")
+    saved = server.base / "models" / "storyweft_characters" / "demo_Fox.safetensors"
+    saved.unlink()
+    graph = change(api("long_story"), "StoryweftStorySampler", panels_at_once=2)       # so that the node runs again
+    followed = server.run(graph)
+    assert "kept panels 5, 6 from an earlier run" in followed.history["outputs"][node_of(graph, "PreviewAny")]["text"][0]
+    assert saved.exists()
+
+
 REFUSALS = [
     ("consistent_story", "StoryweftScript", {"panels": "[Nobody] in the forest"}, r"StoryweftScript: panels, line 1.*Nobody"),
     ("consistent_story", "StoryweftPanelConditioning", {"panels": "9-12"}, r"StoryweftPanelConditioning: panels.*9-12"),
