@@ -32,26 +32,32 @@ class Branch:
 
 def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divide: Divide = partition) -> Tensor:
     """Sum over branches of weight x attention for q [rows, heads, Q, dim]. A weight of 0 leaves its branch out."""
-    out, touched = None, set()
-    for branch in branches:
-        if not torch.is_tensor(branch.weight) and branch.weight == 0:
-            continue
+    acting = [branch for branch in branches if torch.is_tensor(branch.weight) or branch.weight != 0]
+    out = q.new_empty(len(q), q.shape[2], q.shape[1], acting[0].v.shape[3] if acting else q.shape[3]).transpose(1, 2)
+    touched: set[int] = set()
+    for branch in acting:
         rows = range(*branch.rows.indices(len(q)))
+        fresh, part = touched.isdisjoint(rows), out[branch.rows]
         if branch.constraints:
             parts = divide(branch.constraints, len(rows), q.device)
-            found = masked_attention(q[branch.rows], branch.k, branch.v, parts, attend, branch.bias)
+            into = part if fresh and not torch.is_grad_enabled() else None  # a graph cannot follow it
+            found = masked_attention(q[branch.rows], branch.k, branch.v, parts, attend, branch.bias, into)
         else:
             found = attend(q[branch.rows], branch.k, branch.v, branch.bias)
         if torch.is_tensor(branch.weight) or branch.weight != 1:
             found = found * branch.weight
-        if len(rows) == len(q):
-            out = found if out is None else out + found
-        else:
-            if out is None:
-                out = torch.zeros_like(q)
-            if touched.isdisjoint(rows):
-                out[branch.rows] = found
-            else:
-                out[branch.rows] += found
+        if not fresh:
+            _clear(out, set(rows) - touched)
+            part += found
+        elif found.data_ptr() != part.data_ptr():
+            if rows == range(len(q)) and branch is acting[-1]:
+                return found
+            part.copy_(found)
         touched.update(rows)
-    return torch.zeros_like(q) if out is None else out
+    _clear(out, set(range(len(q))) - touched)
+    return out
+
+
+def _clear(out: Tensor, rows: set[int]) -> None:
+    if rows:
+        out[sorted(rows)] = 0

@@ -17,6 +17,7 @@ Divide = Callable[[Sequence["Constraint"], int, torch.device], list["Part"]]  # 
 
 ANY = -1  # as a query's label: sees every key; as a key's label: every query sees it
 NOBODY = -2  # key label that no labelled query may see
+GATHERED = 8 * 2**20  # bytes of tokens that one attention gathers, as far as one row of a part allows
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Part:
     rows: Tensor
     queries: Tensor | None
     keys: Tensor | None
+
+    def pieces(self, q: tuple[int, ...], k: tuple[int, ...], size: int) -> list["Part"]:
+        """Parts of fewer rows, whose tokens stay in a cache while they are gathered, attend and are put back."""
+        if self.queries is None:
+            return [self]
+        tokens = 2 * self.queries.shape[1] + 2 * (k[2] if self.keys is None else self.keys.shape[1])
+        step = max(1, GATHERED // (tokens * q[1] * q[3] * size))
+        indices = (self.rows, self.queries, self.keys)
+        cut = zip(*((None,) * len(self.rows) if x is None else x.split(step) for x in indices), strict=False)
+        return [Part(*piece) for piece in cut]
 
     def to(self, device) -> "Part":
         return Part(*(None if x is None else x.to(device) for x in (self.rows, self.queries, self.keys)))
@@ -116,16 +127,23 @@ def _take_bias(bias: Tensor | None, part: Part) -> Tensor | None:
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], attend: Attend, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Sequence[Part],
+    attend: Attend,
+    bias: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Attention of q [rows, heads, Q, dim] over k, v [rows, heads, K, dim] in the parts of a partition (same device).
 
-    bias [rows, heads or 1, Q or 1, K] is added to the logits that remain. Returns [rows, heads, Q, dim].
+    bias [rows, heads or 1, Q or 1, K] is added to the logits that remain. Returns [rows, heads, Q, dim]; `into`, laid out as
+    [rows, Q, heads, dim] in memory, may be filled with it instead of a new tensor.
     """
     if len(parts) == 1 and parts[0].queries is None and parts[0].keys is None:
         return attend(q, k, v, bias)
-    out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3])
-    for part in parts:
+    out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3]) if into is None else into.transpose(1, 2)
+    for part in (piece for whole in parts for piece in whole.pieces(q.shape, k.shape, q.element_size())):
         found = attend(
             _take(q, part, part.queries), _take(k, part, part.keys), _take(v, part, part.keys), _take_bias(bias, part)
         ).transpose(1, 2)

@@ -26,7 +26,7 @@ from storyweft.host.demo import load_demo, read_weights  # isort: skip
 from storyweft.metrics.facts import load_reader, read  # isort: skip
 from storyweft.nodes.apa import DEMO, AdaptivePromptAlignment, LoadImageAdapter, Subject  # isort: skip
 
-IMAGE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+IMAGE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 3.0)
 TEXT = (1.0, 0.7)
 SHOWN = 6
 COLUMNS = ("colour", "hat", "kind", "place", "time")
@@ -64,7 +64,7 @@ class Studio:
 
     @staticmethod
     def cut(picture: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.asarray(picture))[None] / 255
+        pixels = torch.from_numpy(np.array(picture))[None] / 255
         found = Subject.execute(pixels[..., :3], pixels[..., 3], "black", True).args[0].movedim(-1, 1)
         return torch.nn.functional.interpolate(found, (128, 128), mode="bilinear", antialias=True).movedim(1, -1)
 
@@ -122,7 +122,7 @@ def run(args) -> dict[str, dict[str, list[bool]]]:
     strips = [np.concatenate(list(studio.pictures[:SHOWN].mul(255).round().byte().numpy()), 1)]
     strips += [np.asarray(Image.open(folder / f"1.0 {image} IP-Adapter.png")) for image in IMAGE]
     Image.fromarray(np.concatenate(strips)).save(pack.ROOT / "docs" / "subject_sheet.jpg", quality=88)
-    return found
+    return {name: found[name] for name in (" ".join(map(str, setting)) for setting in settings)}
 
 
 def speed(tokens: int, rows: int = 1, repeats: int = 5) -> dict[str, float]:
@@ -201,7 +201,7 @@ def report(args, found, ratios) -> list[str]:
         "|---|---|---|",
         *(f"| {count} | {ratio['cached']:.3f} | {ratio['recomputed']:.3f} |" for count, ratio in ratios.items()),
         "",
-        "Columns of the sheet are subjects; the first row is the picture, then alpha_image 0, 0.25, 0.5, 0.75, 1, 1.5.",
+        "Columns of the sheet are subjects; the first row is the picture, then alpha_image 0, 0.25, 0.5, 0.75, 1, 1.5, 3.",
         "",
         "![subjects and alpha_image](subject_sheet.jpg)",
     ]

@@ -185,10 +185,13 @@ class State:
 
     def projected(self, run, layer: Layer, text: BoardText, like: Tensor, anew: bool) -> tuple[Tensor, Tensor]:
         """Keys and values [boards or 1, heads, tokens, dim] of all captions in a layer."""
-        if anew or (layer, text) not in self._projected:
-            made = run.family.project(layer, text.captions.to(like.device, like.dtype))
-            self._projected[layer, text] = tuple(split_heads(x, like.shape[1]) for x in made)
-        return self._projected[layer, text]
+        if not anew and (layer, text) in self._projected:
+            return self._projected[layer, text]
+        made = run.family.project(layer, text.captions.to(like.device, like.dtype))
+        made = tuple(split_heads(x, like.shape[1]) for x in made)
+        if not anew:  # another entry with the same captions may have no hooks
+            self._projected[layer, text] = made
+        return made
 
 
 def prepare(family, conditioning: list, summary: list | None, node_id: str) -> list[list]:

@@ -23,13 +23,23 @@ ALPHAS = {"alpha_text": "text_cross_attention_scale", "alpha_image": "image_cros
 ENCODERS = {1024: "ViT-H", 1280: "ViT-bigG"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter with the name of its file, and learned (alpha_text, alpha_image) of each layer in the file's order."""
+    """An adapter with the name of its file, and learned (alpha_text, alpha_image) of each layer in the file's order.
+
+    `patcher` moves its image_proj to the device; the layers' weights stay where they are and are used once a run.
+    """
 
     name: str
     network: ImageAdapter
     alphas: tuple[tuple[float, float], ...] | None = None
+
+    def __post_init__(self):
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.network.image_proj,
+            comfy.model_management.get_torch_device(),
+            comfy.model_management.unet_offload_device(),
+        )
 
     @property
     def feature(self) -> str:
@@ -64,7 +74,7 @@ def demo_subjects() -> list[str]:
 
 def demo_subject(name: str) -> tuple[Tensor, Tensor]:
     """A page [1, h, w, 3] and the mask [1, h, w] of its character, kept in the picture's alpha channel."""
-    pixels = torch.from_numpy(np.asarray(Image.open(SUBJECTS / f"{name}.png").convert("RGBA"))) / 255
+    pixels = torch.from_numpy(np.array(Image.open(SUBJECTS / f"{name}.png").convert("RGBA"))) / 255
     return pixels[None, ..., :3], pixels[None, ..., 3]
 
 
@@ -156,10 +166,6 @@ def encode(adapter: LoadedAdapter, clip_vision, pictures: Tensor, guidance: str,
     seen = features(clip_vision, pictures, adapter.feature)
     check_features(adapter, seen, node_id)
     seen = torch.cat([seen, blank_features(clip_vision, seen, adapter.feature, guidance)]).float()
-    device = comfy.model_management.get_torch_device()
-    projection = comfy.model_patcher.ModelPatcher(
-        adapter.network.image_proj, device, comfy.model_management.unet_offload_device()
-    )
-    comfy.model_management.load_model_gpu(projection)
-    tokens = adapter.network.image_proj(seen.to(device)).cpu()
+    comfy.model_management.load_model_gpu(adapter.patcher)
+    tokens = adapter.network.image_proj(seen.to(adapter.patcher.load_device)).cpu()
     return tokens[:-1], tokens[-1:]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..attention.labels import BoxRegions, MaskRegions, causal_groups
 from ..attention.masked import ANY, Constraint
 from . import animatediff
+from .board import MARK
 from .families import window_items
 from .layout import Layer, Layout
 from .rule import Rule
@@ -95,13 +96,20 @@ class MaskedRule(Rule):
 
     def _check_words(self, run, entries) -> None:
         marked = [entry for entry in entries if KEY in entry.cond]
+        if not marked and any(MARK in entry.cond for entry in entries):
+            raise ValueError(
+                f"{self.node_id}: the prompt is a board's, for StoryweftFrameStoryCrossAttention, and the objects' words are not "
+                "marked in its captions; switch cross off."
+            )
         if not marked:
             raise ValueError(
                 f"{self.node_id}: no conditioning of this run knows the objects' words; connect the block's conditioning "
                 "output to positive, or switch cross off (models without text, like SVD, need that)."
             )
         for entry in marked:
-            words, text = entry.cond[KEY], entry.cond.get("cross_attn")
+            words, text, board = entry.cond[KEY], entry.cond.get("cross_attn"), entry.cond.get(MARK)
+            if board is not None and board.captions is not None:
+                text = board.captions  # what U-Nets read in place of the prompt
             if text is not None and text.shape[1] != len(words.labels):
                 raise ValueError(
                     f"{self.node_id}: {entry.role} conditioning {entry.index} has {text.shape[1]} tokens where the block's "
@@ -173,15 +181,10 @@ class MaskedRule(Rule):
             words = state.words_of(entry)
             if words is None:
                 continue
-            branches = plan.text[chunk]
-            if len(branches) != 1:
-                raise RuntimeError(
-                    f"{self.node_id}: another block answers {entry.role} prompt {entry.index} with several branches, and "
-                    "words cannot be told apart in them; switch cross off."
-                )
-            keys = _repeated(words, branches[0].k.shape[2], self.node_id, entry)
-            name = (state.name(call, layout, "cross"), len(keys), words)
-            branches[0].constraints.append(Constraint(_grouped(labels, words), keys[None], name))
+            for branch in plan.text[chunk]:
+                keys = _repeated(words, branch.k.shape[2], self.node_id, entry)
+                name = (state.name(call, layout, "cross"), len(keys), words)
+                branch.constraints.append(Constraint(_grouped(labels, words), keys[None], name))
             acted = True
         return acted
 
@@ -283,9 +286,10 @@ class State:
     def words_of(self, entry) -> Words | None:
         """Words that label the prompt of an entry; a negative of CLIP is masked at the places of the positive's words."""
         found = self.words.get(entry.key)
-        if found is None and self.fallback is not None and self.fallback[1].both and entry.role != self.fallback[0]:
-            return self.fallback[1]
-        return found
+        if found is not None or self.fallback is None:
+            return found
+        role, words = self.fallback
+        return words if words.both and entry.role != role and "negative" in entry.role else None
 
     def groups(self, call, layout: Layout) -> list[tuple[int, ...]]:
         """Box frames of every token frame of a call, for a video; else of every picture."""

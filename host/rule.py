@@ -11,12 +11,12 @@ from torch import Tensor
 
 ORDER = (
     "StoryweftStyleAligned",
-    "StoryweftStyleReference",
     "StoryweftConsistentSelfAttention",
     "StoryweftBoard",
     "StoryweftFrameStoryCrossAttention",
     "StoryweftMaskedAttention",
     "StoryweftAdaptivePromptAlignment",
+    "StoryweftStyleReference",  # plans nothing; its picture goes into the first row after all others had the latents
 )
 
 

@@ -67,6 +67,16 @@ def test_a_mask_multiplies_the_picture_and_leaves_the_text():
     assert relative(out[:, :, 10:], aligned(1.0, 0.5)[:, :, 10:]) < 1e-12
 
 
+def test_branches_over_some_rows_and_over_all_add_up():
+    words, picture = attend(Q, *TEXT), attend(Q, *IMAGE)
+    rows = [Branch(slice(i, i + 1), *(x[i : i + 1] for x in TEXT), weight=i) for i in range(3)]
+    whole = image_branch(slice(0, 3), *IMAGE, 0.5)
+    expected = torch.stack([i * words[i] for i in range(3)]) + 0.5 * picture
+    assert relative(attend_branches(Q, [*rows, whole], attend), expected) < 1e-12
+    assert relative(attend_branches(Q, [whole, *rows], attend), expected) < 1e-12
+    assert torch.equal(attend_branches(Q, rows[:1], attend), torch.zeros_like(Q))
+
+
 def published(name):
     """A file's tensors without their numbers."""
     keys = LAYOUTS["files"][name]["keys"]

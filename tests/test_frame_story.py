@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from storyweft.attention.branches import attend_branches
+from storyweft.attention.branches import Branch, attend_branches
 from storyweft.attention.core import attend
 from storyweft.attention.frame_story import (
     frame_index,
@@ -184,6 +184,24 @@ def test_swapping_two_frames_swaps_their_cells_and_nothing_else():
     torch.testing.assert_close(swapped, cells(scene.out(0.0))[:, order], atol=1e-12, rtol=0)
     told = cells(scene.out(1.0, q=q, k=k, v=v))
     torch.testing.assert_close(told, cells(scene.out(1.0))[:, order], atol=1e-12, rtol=0)
+
+
+def test_branches_over_some_rows_add_up_and_rows_without_any_are_zero():
+    """Rows 0 and 1 get a board, 1 and 2 a second branch, 3 nothing; with and without a graph behind the queries."""
+    scene = Scene(n=4)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            q = scene.q.clone().requires_grad_(grad)
+            board = frame_story_branches(slice(0, 2), scene.k[:2], scene.v[:2], scene.cells[None], scene.labels, 0.25)
+            extra = Branch(slice(1, 3), scene.k[1:3], scene.v[1:3], 0.5)
+            out = attend_branches(q, [*board, extra], attend)
+        expected = torch.zeros_like(out)
+        expected[:2] = scene.out(0.25)[:2]
+        expected[1:3] += 0.5 * attend(scene.q[1:3], scene.k[1:3], scene.v[1:3])
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+        if grad:
+            out.sum().backward()
+            assert q.grad[:3].any() and not q.grad[3].any()
 
 
 def test_the_split_form_scores_as_much_as_one_caption():

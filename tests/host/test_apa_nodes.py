@@ -11,9 +11,13 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from storyweft.host import families, image_adapter, override
+from storyweft.host.demo import load_demo, read_weights
 from storyweft.host.image_adapter import channels
+from storyweft.metrics.facts import load_reader, read
 from storyweft.models.ip_adapter import ImageAdapter, Resampler, Standard
 from storyweft.nodes import apa
+
+import nodes
 
 VISION = {
     "model_type": "clip_vision_model",
@@ -243,3 +247,20 @@ def test_masks_that_cannot_be_used(caplog):
     with caplog.at_level(logging.WARNING):
         assert torch.equal(cut(mask=torch.ones(1, 20, 30), crop=False)[0], picture())
     assert "mask is full, so nothing is cut out" in caplog.text
+
+
+def test_the_demo_adapter_gives_the_demo_model_the_colour_of_a_cut_out():
+    """Off, the four foxes have colours of their own; on, they have that of the picture and stay where the text says."""
+    model, clip, vae, vision = load_demo()
+    subject = apa.Subject.execute(*apa.DemoSubject.execute("blue fox").args, "black", True).args[0]
+    encode = nodes.CLIPTextEncode().encode
+    positive, negative = encode(clip, "a fox in the snow by day")[0], encode(clip, "")[0]
+    reader, blue = load_reader(*read_weights("facts")), {}
+    for alpha in (0.0, 1.0):
+        aligned = align(model, load(apa.DEMO), vision, subject, alpha_image=alpha)
+        latent = {"samples": torch.zeros(4, 4, 16, 16)}
+        done = nodes.KSampler().sample(aligned, 5, 8, 4.0, "dpmpp_2m", "karras", positive, negative, latent)
+        found = [reading.labels for reading in read(reader, vae.decode(done[0]["samples"]).float())]
+        blue[alpha] = sum(labels["colour"] == "blue" for labels in found)
+        assert all(labels["place"] == "snow" for labels in found)
+    assert blue[1.0] >= 3 > blue[0.0]

@@ -28,10 +28,19 @@ def test_ids_that_were_released_stay():
         "StoryweftRecallCharacter",
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
+        "StoryweftStyleAligned",
+        "StoryweftStyleReference",
+        "StoryweftBoard",
+        "StoryweftBoardFrames",
+        "StoryweftFrameStoryCrossAttention",
         "StoryweftMaskedAttention",
         "StoryweftBoxTrack",
         "StoryweftBoxPlanPrompt",
         "StoryweftBoxPlanner",
+        "StoryweftAdaptivePromptAlignment",
+        "StoryweftLoadImageAdapter",
+        "StoryweftSubject",
+        "StoryweftDemoSubject",
     }
 
 

@@ -12,17 +12,26 @@ from serving import ROOT
 TOOLS = Path(sys.executable).parent
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 
+ASKED_FOR = [
+    ("CheckpointLoaderSimple", "ckpt_name", "sd_xl_base_1.0.safetensors"),
+    ("StoryweftLoadCharacter", "file", "demo_Fox.safetensors"),
+    ("StoryweftLoadImageAdapter", "file", "ip-adapter-plus_sdxl_vit-h.safetensors"),
+    ("CLIPVisionLoader", "clip_name", "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"),
+    ("LoadBackgroundRemovalModel", "bg_removal_name", "birefnet.safetensors"),
+    ("LoadImage", "image", "example.png"),
+]
+
 
 @pytest.fixture(scope="session")
 def object_info(server, tmp_path_factory):
     """What the server says of its nodes, with the file names that example workflows ask for added to the loaders' lists."""
     info = server.get("/object_info")
-    info["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0] = ["sd_xl_base_1.0.safetensors"]
-    spec = info["StoryweftLoadCharacter"]["input"]["required"]["file"]
-    if isinstance(spec[0], list):
-        spec[0] = ["demo_Fox.safetensors"]
-    else:
-        spec[1]["options"] = ["demo_Fox.safetensors"]
+    for node, field, file in ASKED_FOR:
+        spec = info[node]["input"]["required"][field]
+        if isinstance(spec[0], list):
+            spec[0] = [*spec[0], file]
+        else:
+            spec[1]["options"] = [*spec[1]["options"], file]
     path = tmp_path_factory.mktemp("info") / "object_info.json"
     path.write_text(json.dumps(info))
     return path

@@ -10,7 +10,7 @@ from serving import ROOT, RUNNABLE, api, change, node_of
 
 
 def pictures(server, followed) -> list[np.ndarray]:
-    return [np.asarray(Image.open(server.base / "output" / i["subfolder"] / i["filename"]).convert("RGB")) for i in followed.images]
+    return [np.asarray(Image.open(server.base / i["type"] / i["subfolder"] / i["filename"]).convert("RGB")) for i in followed.images]
 
 
 def story_steps(followed, at_least: int) -> list[dict]:
@@ -84,6 +84,9 @@ REFUSALS = [
      r"StoryweftConsistentSelfAttention: the latent holds 2 pictures and the conditioning 4 panels"),
     ("consistent_story", "StoryweftStoryboard", {"background": "no colour"}, r"StoryweftStoryboard: background.*no colour"),
     ("long_story", "StoryweftStorySampler", {"panel_seeds": "three: 5"}, r"StoryweftStorySampler: panel_seeds .*three: 5"),
+    ("subject_and_text", "StoryweftAdaptivePromptAlignment", {"alpha_text": "nan"},
+     r"StoryweftAdaptivePromptAlignment: alpha_text is nan; give a finite number"),
+    ("two_subjects", "EmptyLatentImage", {"width": 256}, r"StoryweftAdaptivePromptAlignment: region is 128 x 128 and the picture 256"),
     ("saved_character", "KSampler", {"steps": 5}, r"character 'Fox' was made with 24 steps .* and this run has 5"),
 ]
 
