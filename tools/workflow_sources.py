@@ -425,9 +425,9 @@ def subject_and_text_sdxl() -> tuple[dict, str]:
 
 LIGHT = "\n".join(
     (
-        "an owl in the snow at night # At night",
-        "a bear in the city # all of them",
-        "a snail in the meadow # are of one colour,",
+        "a fox in the forest at night # At night",
+        "an owl in the snow # all of them",
+        "a bear in the city # are of one colour,",
         "a robot on the beach # and nobody said which.",
     )
 )
@@ -468,7 +468,7 @@ def style_set() -> tuple[dict, str]:
     loader, script, positive, negative = _demo(graph, "", LIGHT, 0)
     block = _style(graph, loader())
     latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=script(1))
-    drawn = _sampler(graph, block(), positive(), negative(), latent(), 7)
+    drawn = _sampler(graph, block(), positive(), negative(), latent(), 5)
     _sheet(graph, drawn(), loader(2), script(), "style_set")
     return graph.nodes, (
         "## Style set\nFour kinds in four places. Only the first prompt says *at night*, and none names a colour: the other "
@@ -484,7 +484,7 @@ def style_from_picture() -> tuple[dict, str]:
         "CLIPTextEncode", "Prompt of the given picture", clip=loader(1), text="a fox on the beach at sunset"
     )
     one = graph.add("EmptyLatentImage", "One picture", width=128, height=128, batch_size=1)
-    first = _sampler(graph, loader(), alone(), negative(), one(), 12)
+    first = _sampler(graph, loader(), alone(), negative(), one(), 2)
     given = graph.add("VAEDecode", "The given picture", samples=first(), vae=loader(2))
     encoded = graph.add("VAEEncode", "Encode", pixels=given(), vae=loader(2))
     block = _style(graph, loader(), 0.69)
