@@ -203,7 +203,7 @@ def report(args, found, ratios) -> list[str]:
         "",
         "SD1.5's 16 cross-attention layers at 64 x 64 latents, one row, float32 on a CPU: processor time with the image branch over that",
         "without it, medians of one run. Cached: keys and values of the picture once a run, as the node does; recomputed: in every",
-        "layer of every step, as the authors do. Work alone would say 1.01 for 4 tokens and 1.02 for 16; the rest is a second attention call and the",
+        "layer of every step, as the authors do. Work alone would say 1.01 and 1.02; the rest is a second attention call and the",
         "sum. Other programs ran beside it, so differences below 0.05 say nothing.",
         "",
         "| image tokens | cached | recomputed |",
