@@ -381,12 +381,15 @@ def two_subjects() -> tuple[dict, str]:
         region = graph.add(
             "MaskComposite", f"The {title}", destination=empty(), source=half(), x=left, y=0, operation="add"
         )
-        model = _aligned(graph, model(), adapter(), loader(3), subject(), f"On the {title}", region=region())
+        model = _aligned(
+            graph, model(), adapter(), loader(3), subject(), f"On the {title}", alpha_image=2.0, region=region()
+        )
     _drawn(graph, loader, model(), "a rabbit drawn twice in the meadow by day", 4, 7, "two_subjects")
     return graph.nodes, (
         "## Two subjects\nOne **Adaptive Prompt Alignment** after the other, each with a *region*: the picture of the fox acts on the "
         "left half, that of the bear on the right. The text, which here names two rabbits, acts everywhere: they take the colours of "
-        "their pictures.\n\n*alpha_text* of several nodes multiply: leave all but one at 1."
+        "their pictures. *alpha_image* is 2, because the demo model wants two characters of one scene to be alike and has to be "
+        "overruled.\n\n*alpha_text* of several nodes multiply: leave all but one at 1."
     )
 
 
