@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import serve as tools_server  # noqa: E402
 
 RUNNABLE = (  # in this order: saved_character reads a file that long_story saves
-    "consistent_story", "long_story", "two_characters", "saved_character", "boxes_from_text",
+    "consistent_story", "long_story", "two_characters", "saved_character", "boxes_from_text", "boxes_image",
 )
 
 

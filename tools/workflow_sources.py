@@ -279,7 +279,7 @@ def boxes_image() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("StoryweftDemoLoader", "Demo Loader")
     track = graph.add(
-        "StoryweftBoxTrack", "Box Track", boxes="fox | 0: 0 0.5 0.45 0.95 | 1: 0.55 0.35 1 0.8\n", frames=4, width=128, height=128,
+        "StoryweftBoxTrack", "Box Track", boxes="fox | 0: 0.02 0.42 0.52 0.92 | 1: 0.48 0.42 0.98 0.92\n", frames=4, width=128, height=128,
         interpolation="linear", source_words="", source_width=0.25, source_height=0.25,
     )
     masked = graph.add(
