@@ -20,6 +20,7 @@ RUNNABLE = (  # in this order: saved_character reads a file that long_story save
     "style_set",
     "style_from_picture",
     "boxes_from_text",
+    "boxes_image",
     "subject_and_text",
     "two_subjects",
     "board_story",

@@ -670,7 +670,7 @@ def boxes_image() -> tuple[dict, str]:
     track = graph.add(
         "StoryweftBoxTrack",
         "Box Track",
-        boxes="fox | 0: 0 0.5 0.45 0.95 | 1: 0.55 0.35 1 0.8\n",
+        boxes="fox | 0: 0.02 0.42 0.52 0.92 | 1: 0.48 0.42 0.98 0.92\n",
         frames=4,
         width=128,
         height=128,
