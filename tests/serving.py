@@ -12,20 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import serve as tools_server  # noqa: E402
 
-RUNNABLE = (  # in this order: saved_character reads a file that long_story saves
-    "consistent_story",
-    "long_story",
-    "two_characters",
-    "saved_character",
-    "style_set",
-    "style_from_picture",
-    "boxes_from_text",
-    "boxes_image",
-    "subject_and_text",
-    "two_subjects",
-    "board_story",
-    "board_replace_frame",
-)
+# those that open with the demo models; in this order, in which saved_character reads a file that long_story saves
+RUNNABLE = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json") if "StoryweftDemoLoader" in path.read_text())
 
 
 @contextmanager
