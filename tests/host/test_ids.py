@@ -23,6 +23,8 @@ def test_ids_that_were_released_stay():
         "StoryweftRecallCharacter",
         "StoryweftSaveCharacter",
         "StoryweftLoadCharacter",
+        "StoryweftStyleAligned",
+        "StoryweftStyleReference",
     }
 
 
