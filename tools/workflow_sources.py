@@ -234,6 +234,32 @@ def consistent_story_sdxl() -> tuple[dict, str]:
     )
 
 
+def demo_video() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoVideoLoader", "Demo Video Loader")
+    positive = graph.add("CLIPTextEncode", "Prompt", clip=loader(1), text="a fox in the forest by day")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    latent = graph.add("EmptyLatentImage", "Size: batch = frames", width=128, height=128, batch_size=8)
+    drawn = _sampler(graph, loader(), positive(), negative(), latent(), 3, 20)
+    frames = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))
+    larger = graph.add("ImageScaleBy", "Larger", image=frames(), upscale_method="lanczos", scale_by=3.0)
+    video = graph.add("CreateVideo", "Create Video", images=larger(), fps=8.0)
+    graph.add(
+        "SaveVideo",
+        "Save Video",
+        video=video(),
+        filename_prefix="storyweft/demo_video",
+        format="auto",
+        codec="auto",
+    )
+    return graph.nodes, (
+        "## Demo video\nEight frames of the picture-book world in one batch: **Demo Video Loader** gives a text-to-video U-Net of "
+        "ComfyUI's own kind (SVD's temporal layers), so the latent batch is the clip. The prompt says who, where and when; how it "
+        "moves is up to the seed, because the text encoder knows no word for motion.\n\nFor real clips use your own video model here."
+    )
+
+
 WORKFLOWS = {
-    f.__name__: f for f in (consistent_story, long_story, two_characters, saved_character, consistent_story_sdxl)
+    f.__name__: f
+    for f in (consistent_story, long_story, two_characters, saved_character, consistent_story_sdxl, demo_video)
 }

@@ -336,9 +336,7 @@ def sample_clip(rng: np.random.Generator, motion: str | None = None, frames: int
         image = scene.convert("RGB")
         image.paste(drawn, (px, py), drawn)
         images.append(np.asarray(image))
-        found.append(
-            replace(facts, box=(px / SIZE, py / SIZE, (px + drawn.width) / SIZE, (py + drawn.height) / SIZE))
-        )
+        found.append(replace(facts, box=(px / SIZE, py / SIZE, (px + drawn.width) / SIZE, (py + drawn.height) / SIZE)))
     return Clip(np.stack(images), phrase(rng, facts), motion, tuple(found))
 
 
