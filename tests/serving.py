@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import serve as tools_server  # noqa: E402
 
-RUNNABLE = ("consistent_story", "long_story", "two_characters", "saved_character")  # in this order: the last reads a saved file
+# in this order: saved_character reads a file that long_story saves
+RUNNABLE = ("consistent_story", "long_story", "two_characters", "saved_character", "demo_video")
 
 
 @contextmanager
