@@ -6,6 +6,7 @@ Writes docs/video.md, and with --sheet a sheet of the first clips.
 """
 
 import argparse
+import hashlib
 import json
 
 import numpy as np
@@ -14,11 +15,12 @@ from PIL import Image
 
 from . import pack
 
-from storyweft.host.demo import WEIGHTS, load_demo_video, load_unet, read_weights  # isort: skip
+from storyweft.host.demo import CHECKSUMS, WEIGHTS, load_demo_video, load_unet, read_weights  # isort: skip
 from storyweft.metrics.facts import Reading, load_reader, pair_agreement, read  # isort: skip
 from storyweft.training.storybook import FRAMES, KINDS, PLACES, TIMES, sample_clip  # isort: skip
 import nodes  # isort: skip
 
+VIDEO, CEILING, SHOWN = "video model", "drawn by the generator (ceiling)", 12
 COLUMNS = {
     "kind_first": "kind, first frame",
     "kind_last": "kind, last",
@@ -74,7 +76,7 @@ def score(readings: list[Reading], facts: dict[str, str], images: torch.Tensor) 
 class Studio:
     def __init__(self, steps: int, cfg: float):
         video, self.clip, self.vae, _ = load_demo_video()
-        self.models = {"video model": video, "picture model, eight pictures": load_unet(str(WEIGHTS))}
+        self.models = {VIDEO: video, "picture model, eight pictures": load_unet(str(WEIGHTS))}
         self.reader = load_reader(*read_weights("facts"))
         self.steps, self.cfg = steps, cfg
 
@@ -103,31 +105,49 @@ def table(results: dict[str, list[dict[str, float]]]) -> list[str]:
     return lines
 
 
+def stamp(args, name: str) -> str:
+    """Names everything a model's clips depend on."""
+    sums = [line for line in (WEIGHTS / CHECKSUMS).read_text().splitlines() if name == VIDEO or "video." not in line]
+    return hashlib.sha256(f"{sums} {args.steps} {args.cfg}".encode()).hexdigest()[:12]
+
+
+def run(args) -> dict[str, list[dict[str, float]]]:
+    """Results per model, one per clip; those kept in output/video are not sampled again."""
+    folder = pack.ROOT / "output" / "video"
+    folder.mkdir(parents=True, exist_ok=True)
+    studio, results = Studio(args.steps, args.cfg), {}
+    for name in (*studio.models, CEILING):
+        results[name] = []
+        for index in range(args.clips):
+            kept = folder / f"{stamp(args, name)}_{name.split()[0]}_{index}.json"
+            if not kept.exists() and index % args.parts == args.part:
+                images = (studio.drawn(index) if name == CEILING else studio.frames(name, index)).float().clone()
+                strip = np.concatenate(list(images.mul(255).round().byte().numpy()), 1)
+                Image.fromarray(strip).save(kept.with_suffix(".png"))
+                kept.write_text(json.dumps(score(read(studio.reader, images), asked(index), images)))
+            if kept.exists():
+                results[name].append(json.loads(kept.read_text()))
+    if args.sheet:
+        strips = [folder / f"{stamp(args, VIDEO)}_{VIDEO.split()[0]}_{index}.png" for index in range(SHOWN)]
+        Image.fromarray(np.concatenate([np.asarray(Image.open(path)) for path in strips])).save(args.sheet, quality=85)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--sheet", help="picture file of the first twelve clips of the video model")
+    parser.add_argument("--sheet", help="picture file of the first clips of the video model")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", type=int, default=1, help="processes that share the clips; each writes no report")
+    parser.add_argument("--part", type=int, default=0, help="number of this process; run without both afterwards")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    studio, results, shown = Studio(args.steps, args.cfg), {}, []
-    for name in [*studio.models, "drawn by the generator (ceiling)"]:
-        results[name] = []
-        for index in range(args.clips):
-            images = (studio.frames(name, index) if name in studio.models else studio.drawn(index)).float().clone()
-            results[name].append(score(read(studio.reader, images), asked(index), images))
-            if name == "video model" and index < 12:
-                shown.append(np.concatenate(list(images.mul(255).round().byte().numpy()), 1))
-        print(
-            name,
-            json.dumps({key: round(float(np.mean([r[key] for r in results[name]])), 3) for key in COLUMNS}),
-            flush=True,
-        )
-    if args.sheet:
-        Image.fromarray(np.concatenate(shown)).save(args.sheet, quality=85)
-    moving = np.mean([row["way"] > 0.1 for row in results["video model"]])
+    results = run(args)
+    if args.parts > 1:
+        return
+    moving = np.mean([row["way"] > 0.1 for row in results[VIDEO]])
     lines = [
         "# Clips of the demo video model",
         "",

@@ -243,19 +243,21 @@ def demo_video() -> tuple[dict, str]:
     drawn = _sampler(graph, loader(), positive(), negative(), latent(), 3, 20)
     frames = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))
     larger = graph.add("ImageScaleBy", "Larger", image=frames(), upscale_method="lanczos", scale_by=3.0)
-    video = graph.add("CreateVideo", "Create Video", images=larger(), fps=8.0)
     graph.add(
-        "SaveVideo",
-        "Save Video",
-        video=video(),
+        "SaveAnimatedWEBP",
+        "Save Clip",
+        images=larger(),
         filename_prefix="storyweft/demo_video",
-        format="auto",
-        codec="auto",
+        fps=8.0,
+        lossless=False,
+        quality=90,
+        method="default",
     )
     return graph.nodes, (
         "## Demo video\nEight frames of the picture-book world in one batch: **Demo Video Loader** gives a text-to-video U-Net of "
         "ComfyUI's own kind (SVD's temporal layers), so the latent batch is the clip. The prompt says who, where and when; how it "
-        "moves is up to the seed, because the text encoder knows no word for motion.\n\nFor real clips use your own video model here."
+        "moves is up to the seed, because the text encoder knows no word for motion.\n\nFor a video file with sound put *Create "
+        "Video* and *Save Video* behind the decoder; for real clips use your own video model here."
     )
 
 

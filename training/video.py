@@ -202,7 +202,9 @@ class Trainer:
         clean[back] = clean[back].flip(1)  # a clip that runs backwards has the same caption
         row = rows[index]
         row[torch.rand(size, generator=generator) < 0.1] = 0
-        order = torch.arange(size) * WORLD + RANK  # times are spread evenly over the batch, closer where noise is strong
+        order = (
+            torch.arange(size) * WORLD + RANK
+        )  # times are spread evenly over the batch, closer where noise is strong
         t = 1000 * ((order + torch.rand(size, generator=generator)) / self.args.batch) ** 0.7
         t = t.long().repeat_interleave(FRAMES)
         a = ALPHAS[t].view(-1, 1, 1, 1)
@@ -248,8 +250,7 @@ class Trainer:
             self.seconds = before + self.clock(time.time() - start)
             if self.step % 20 == 0 and RANK == 0:
                 print(
-                    f"step {self.step} clips {self.seen} loss {np.mean(losses[-100:]):.4f} "
-                    f"seconds {self.seconds:.0f}",
+                    f"step {self.step} clips {self.seen} loss {np.mean(losses[-100:]):.4f} seconds {self.seconds:.0f}",
                     flush=True,
                 )
             if RANK == 0 and time.time() - kept > 300:
