@@ -17,6 +17,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
@@ -63,8 +64,27 @@ class DemoModel(comfy.supported_models.SD15):
         return self.prediction
 
 
+class FrameSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+    """SD's schedule with the sampler's noise made alike over the frames, as the model was trained (arXiv 2305.10474)."""
+
+    def __init__(self, model_config, share: float):
+        super().__init__(model_config)
+        self.share = share  # correlation of the noise of two frames
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        """Mean over frames and deviation from it are stretched apart; the noise of each frame stays standard normal."""
+        mean = noise.mean(0, keepdim=True)
+        together = (1 + (len(noise) - 1) * self.share) ** 0.5
+        noise = together * mean + (1 - self.share) ** 0.5 * (noise - mean)
+        return super().noise_scaling(sigma, noise, latent_image, max_denoise)
+
+
 class FramesModel(comfy.model_base.BaseModel):
     """A diffusion model whose latent batch is one clip, as SVD's: temporal layers see all rows of it as frames."""
+
+    def __init__(self, model_config, share: float, device=None):
+        super().__init__(model_config, model_config.prediction, device)
+        self.model_sampling = FrameSampling(model_config, share)
 
     def extra_conds(self, **kwargs):
         frames = comfy.conds.CONDConstant(kwargs["noise"].shape[0])
@@ -72,8 +92,12 @@ class FramesModel(comfy.model_base.BaseModel):
 
 
 class DemoVideoModel(DemoModel):
+    def __init__(self, unet_config: dict, scale: comfy.latent_formats.LatentFormat, share: float):
+        super().__init__(unet_config, "v", scale)
+        self.share = share
+
     def get_model(self, state_dict, prefix="", device=None):
-        return FramesModel(self, self.prediction, device)
+        return FramesModel(self, self.share, device)
 
 
 def read_weights(
@@ -144,7 +168,7 @@ def load_video(folder: str, disable_dynamic: bool = False) -> comfy.model_patche
             tensors[name][tuple(slice(size) for size in kept.shape)] = kept
         tensors |= read_weights("unet", Path(folder), "StoryweftDemoVideoLoader")[0]
         scale = latent_format(read_weights("autoencoder", Path(folder), "StoryweftDemoVideoLoader")[1])
-        config = DemoVideoModel(json.loads(metadata["config"]), metadata["prediction"], scale)
+        config = DemoVideoModel(json.loads(metadata["config"]), scale, float(metadata["noise_share"]))
         patcher = _patched(config, tensors, disable_dynamic)
         patcher.cached_patcher_init = (load_video, (str(folder),))
         return patcher

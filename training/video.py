@@ -30,6 +30,7 @@ import comfy.ops  # isort: skip
 from comfy.ldm.modules.attention import SpatialVideoTransformer  # isort: skip
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # isort: skip
 
+SHARE = 0.8  # correlation of the noise of two frames of a clip
 CONFIG = {
     **unet.CONFIG,
     "use_temporal_attention": True,
@@ -48,6 +49,16 @@ def contiguous(x, groups, weight=None, bias=None, eps=1e-5):
 
 
 torch.nn.functional.group_norm = contiguous
+
+
+def shared(noise: torch.Tensor, frames: int = FRAMES, share: float = SHARE) -> torch.Tensor:
+    """Independent noise [clips * frames, ...] to noise whose frames have correlation `share` (arXiv 2305.10474).
+
+    The mean over frames and the deviation from it are stretched apart: each frame stays standard normal.
+    """
+    noise = noise.unflatten(0, (-1, frames))
+    mean = noise.mean(1, keepdim=True)
+    return ((1 + (frames - 1) * share) ** 0.5 * mean + (1 - share) ** 0.5 * (noise - mean)).flatten(0, 1)
 
 
 def temporal(name: str) -> bool:
@@ -99,7 +110,7 @@ def draw(
 ) -> np.ndarray:
     """DDIM samples of captions as clips, uint8 [clips, frames, h, w, 3]."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(captions) * frames, 4, 16, 16, generator=generator)
+    x = shared(torch.randn(len(captions) * frames, 4, 16, 16, generator=generator), frames)
     context = torch.cat([text(captions), text([""]).expand(len(captions), -1, -1)]).repeat_interleave(frames, 0)
     times = torch.linspace(999, 0, steps + 1).round().long()
     for now, after in zip(times[:-1], times[1:], strict=True):
@@ -180,6 +191,7 @@ class Trainer:
             "config": json.dumps(CONFIG),
             "prediction": "v",
             "frames": str(FRAMES),
+            "noise_share": str(SHARE),
             "clips_seen": str(self.seen),
             "minutes": f"{self.seconds / 60:.1f}",
             "loss": f"{loss:.4f}",
@@ -209,7 +221,7 @@ class Trainer:
         t = t.long().repeat_interleave(FRAMES)
         a = ALPHAS[t].view(-1, 1, 1, 1)
         clean = clean.flatten(0, 1)
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = shared(torch.randn(clean.shape, generator=generator))
         x = (a.sqrt() * clean + (1 - a).sqrt() * noise).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             context = contexts[row].repeat_interleave(FRAMES, 0)
@@ -260,7 +272,6 @@ class Trainer:
                     self.show()
         if RANK == 0:
             self.save(float(np.mean(losses[-300:])))
-            self.show()
 
 
 def main() -> None:

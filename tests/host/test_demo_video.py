@@ -67,6 +67,19 @@ def test_sampler_sees_what_the_network_gives_for_one_clip(loaded, frames):
                 torch.testing.assert_close(result[rows], sampling.calculate_denoised(now, v, at), rtol=1e-4, atol=1e-4)
 
 
+def test_noise_of_frames_is_alike_and_of_unit_scale(loaded):
+    """What the sampler starts from: frames correlate as the file says, each of them standard normal; one frame is free."""
+    sampling = loaded[0].get_model_object("model_sampling")
+    with safe_open(demo.WEIGHTS / "video.safetensors", "pt") as file:
+        share = float(file.metadata()["noise_share"])
+    noise = torch.randn(FRAMES, 20000, generator=torch.Generator().manual_seed(1))
+    started = sampling.noise_scaling(torch.tensor(1.0), noise, torch.zeros_like(noise))
+    expected = share + (1 - share) * torch.eye(FRAMES)
+    torch.testing.assert_close(started @ started.T / noise.shape[1], expected, rtol=0, atol=0.04)
+    assert 0 < share < 1
+    assert torch.equal(sampling.noise_scaling(torch.tensor(2.0), noise[:1], torch.zeros_like(noise[:1])), 2 * noise[:1])
+
+
 @torch.inference_mode()
 def test_frames_see_each_other(loaded, inputs):
     network, (x, t, context) = loaded[0].model.diffusion_model, inputs
