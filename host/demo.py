@@ -1,5 +1,7 @@
 """The demo models of weights/ in ComfyUI's own classes: SD1.5-shaped UNetModel, SD1 CLIP, CLIP vision, VAE.
 
+The video model is UNetModel with SVD's temporal layers between the picture model's own, which its file does not repeat.
+
 Everything core does with a checkpoint's MODEL, CLIP, VAE and CLIP_VISION works on these unchanged. What is ours is the
 small autoencoder and the compact word table: one row per known token and one for all others.
 """
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import comfy.clip_vision
+import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
@@ -60,20 +64,58 @@ class DemoModel(comfy.supported_models.SD15):
         return self.prediction
 
 
-def read_weights(name: str, folder: Path = WEIGHTS) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+class FrameSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+    """SD's schedule with the sampler's noise made alike over the frames, as the model was trained (arXiv 2305.10474)."""
+
+    def __init__(self, model_config, share: float):
+        super().__init__(model_config)
+        self.share = share  # correlation of the noise of two frames
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        """Mean over frames and deviation from it are stretched apart; the noise of each frame stays standard normal."""
+        mean = noise.mean(0, keepdim=True)
+        together = (1 + (len(noise) - 1) * self.share) ** 0.5
+        noise = together * mean + (1 - self.share) ** 0.5 * (noise - mean)
+        return super().noise_scaling(sigma, noise, latent_image, max_denoise)
+
+
+class FramesModel(comfy.model_base.BaseModel):
+    """A diffusion model whose latent batch is one clip, as SVD's: temporal layers see all rows of it as frames."""
+
+    def __init__(self, model_config, share: float, device=None):
+        super().__init__(model_config, model_config.prediction, device)
+        self.model_sampling = FrameSampling(model_config, share)
+
+    def extra_conds(self, **kwargs):
+        frames = comfy.conds.CONDConstant(kwargs["noise"].shape[0])
+        return {**super().extra_conds(**kwargs), "num_video_frames": frames}
+
+
+class DemoVideoModel(DemoModel):
+    def __init__(self, unet_config: dict, scale: comfy.latent_formats.LatentFormat, share: float):
+        super().__init__(unet_config, "v", scale)
+        self.share = share
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return FramesModel(self, self.share, device)
+
+
+def read_weights(
+    name: str, folder: Path = WEIGHTS, node_id: str = "StoryweftDemoLoader"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of weights/<name>.safetensors; RuntimeError if the file is not the one that was released."""
     path, listed = Path(folder) / f"{name}.safetensors", Path(folder) / CHECKSUMS
     remedy = f"Get the pack's weights/{path.name} again."
     missing = [str(file) for file in (path, listed) if not file.is_file()]
     if missing:
-        raise RuntimeError(f"StoryweftDemoLoader: the weight file {missing[0]} is missing. {remedy}")
+        raise RuntimeError(f"{node_id}: the weight file {missing[0]} is missing. {remedy}")
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
-        raise RuntimeError(f"StoryweftDemoLoader: {path} is only a Git LFS pointer of {len(data)} bytes. {remedy}")
+        raise RuntimeError(f"{node_id}: {path} is only a Git LFS pointer of {len(data)} bytes. {remedy}")
     sums = dict(reversed(line.split()) for line in listed.read_text().splitlines())
     if hashlib.sha256(data).hexdigest() != sums.get(path.name):
         raise RuntimeError(
-            f"StoryweftDemoLoader: {path} ({len(data)} bytes) is truncated or changed: "
+            f"{node_id}: {path} ({len(data)} bytes) is truncated or changed: "
             f"its checksum is not the one in {CHECKSUMS}. {remedy}"
         )
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
@@ -99,12 +141,36 @@ def load_unet(folder: str, disable_dynamic: bool = False) -> comfy.model_patcher
         tensors, metadata = read_weights("unet", Path(folder))
         scale = latent_format(read_weights("autoencoder", Path(folder))[1])
         config = DemoModel(json.loads(metadata["config"]), metadata["prediction"], scale)
-        config.set_inference_dtype(torch.float32, None)
-        model = config.get_model(tensors, device=comfy.model_management.unet_offload_device())
-        device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-        patcher = _patcher(disable_dynamic)(model, load_device=device, offload_device=offload)
-        model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+        patcher = _patched(config, tensors, disable_dynamic)
         patcher.cached_patcher_init = (load_unet, (str(folder),))
+        return patcher
+
+
+def _patched(config: DemoModel, tensors: dict[str, torch.Tensor], disable_dynamic: bool):
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(tensors, device=comfy.model_management.unet_offload_device())
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    patcher = _patcher(disable_dynamic)(model, load_device=device, offload_device=offload)
+    model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+    return patcher
+
+
+def load_video(folder: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The video model: the picture model's spatial layers and the temporal ones of weights/video.safetensors.
+
+    Temporal tensors that the file's metadata lists as padded are zero beyond the part that the file holds.
+    """
+    with torch.inference_mode(False):
+        tensors, metadata = read_weights("video", Path(folder), "StoryweftDemoVideoLoader")
+        for name, shape in json.loads(metadata["padded"]).items():
+            kept = tensors.get(name, torch.zeros([0] * len(shape)))
+            tensors[name] = torch.zeros(shape)
+            tensors[name][tuple(slice(size) for size in kept.shape)] = kept
+        tensors |= read_weights("unet", Path(folder), "StoryweftDemoVideoLoader")[0]
+        scale = latent_format(read_weights("autoencoder", Path(folder), "StoryweftDemoVideoLoader")[1])
+        config = DemoVideoModel(json.loads(metadata["config"]), scale, float(metadata["noise_share"]))
+        patcher = _patched(config, tensors, disable_dynamic)
+        patcher.cached_patcher_init = (load_video, (str(folder),))
         return patcher
 
 
@@ -164,6 +230,11 @@ def load_clip_vision(folder: str) -> comfy.clip_vision.ClipVisionModel:
             {key.removeprefix("vision."): value for key, value in tensors.items() if key.startswith("vision.")}
         )
         return vision
+
+
+def load_demo_video(folder: str | Path = WEIGHTS):
+    """The video MODEL, and CLIP, VAE and CLIP_VISION, which are the picture model's; RuntimeError as load_demo."""
+    return load_video(str(folder)), load_clip(str(folder)), load_vae(str(folder)), load_clip_vision(str(folder))
 
 
 def load_demo(folder: str | Path = WEIGHTS):

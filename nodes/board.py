@@ -275,8 +275,8 @@ class FrameStoryCrossAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "known_frames", options=list(KNOWN), default=KNOWN[0],
-                    tooltip="How the model sees frames that are kept: with as much noise as the rest (right for every published "
-                    "model), or without noise as in the paper (for models trained so).",
+                    tooltip="How the model sees frames that are kept: with as much noise as the rest (what published models were "
+                    "trained for), or without noise as in the paper (their looks may carry over better).",
                 ),
                 io.Conditioning.Input(
                     "summary", optional=True,

@@ -1,8 +1,8 @@
-"""The demo models as a loader node."""
+"""The demo models as loader nodes."""
 
 from comfy_api.latest import io
 
-from ..host.demo import load_demo
+from ..host.demo import load_demo, load_demo_video
 
 
 class DemoLoader(io.ComfyNode):
@@ -33,4 +33,31 @@ class DemoLoader(io.ComfyNode):
         return io.NodeOutput(*load_demo())
 
 
-NODES = [DemoLoader]
+class DemoVideoLoader(io.ComfyNode):
+    """Loads the small picture-book video model that comes with the pack."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="StoryweftDemoVideoLoader",
+            display_name="Demo Video Models (Storyweft)",
+            category="Storyweft/Demo",
+            description="The pack's own small text-to-video model of the picture-book world: the latent batch is the clip. Use "
+            "Empty Latent Image with 128 x 128 and batch size 8, KSampler, VAE Decode. It knows the words of the "
+            "Demo Loader; it has learnt no words for motion and picks one by the seed.",
+            search_aliases=["demo video", "tiny video model", "text to video", "storyweft demo"],
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="Video U-Net: one row of the latent batch is one frame."),
+                io.Clip.Output(display_name="CLIP", tooltip="Text encoder for prompts."),
+                io.Vae.Output(display_name="VAE", tooltip="Picture autoencoder, 8 times smaller; frame by frame."),
+                io.ClipVision.Output(display_name="CLIP_VISION", tooltip="Image encoder that shares the text's space."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_video())
+
+
+NODES = [DemoLoader, DemoVideoLoader]

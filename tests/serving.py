@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import serve as tools_server  # noqa: E402
 
 # those that open with the demo models; in this order, in which saved_character reads a file that long_story saves
-RUNNABLE = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json") if "StoryweftDemoLoader" in path.read_text())
+RUNNABLE = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json") if '"StoryweftDemo' in path.read_text())
 
 
 @contextmanager

@@ -58,3 +58,65 @@ def test_known_facts_are_kept():
     drawn = page(8, "one", kind="owl", colour="green", hat="crown", place="city", time="night")
     facts = drawn.facts[0]
     assert (facts.kind, facts.colour, facts.hat, facts.place, facts.time) == ("owl", "green", "crown", "city", "night")
+
+
+def clip(seed: int, motion: str | None = None, **known):
+    return storybook.sample_clip(np.random.default_rng((43, seed)), motion, **known)
+
+
+def boxes(drawn):
+    return np.array([facts.box for facts in drawn.facts])
+
+
+def test_same_seed_same_clip_and_its_caption_is_a_pages():
+    one, other = clip(3), clip(3)
+    assert one.caption == other.caption and one.facts == other.facts and np.array_equal(one.frames, other.frames)
+    assert one.frames.shape == (storybook.FRAMES, 128, 128, 3)
+    facts = one.facts[0]
+    assert facts.kind in one.caption and storybook.PLACES[facts.place] in one.caption
+    assert not {*storybook.MOTIONS, *storybook.COLOURS, *storybook.HATS[1:]} & set(one.caption.replace(",", "").split())
+
+
+@pytest.mark.parametrize("motion", ["right", "left", "near", "away", "still", "hop"])
+def test_box_of_a_clip_follows_the_motion(motion):
+    for seed in range(12):
+        box = boxes(clip(seed, motion))
+        x, height = (box[:, 0] + box[:, 2]) / 2, box[:, 3] - box[:, 1]
+        moves, grows = np.diff(x), np.diff(height)
+        if motion in ("right", "left"):
+            assert ((moves if motion == "right" else -moves) > 0).all() and np.abs(grows).max() < 1e-6
+        elif motion in ("near", "away"):
+            assert ((grows if motion == "near" else -grows) >= 0).all() and abs(height[-1] - height[0]) > 0.06
+        elif motion == "still":
+            assert (box == box[0]).all()
+        else:
+            assert box[0, 3] - box[:, 3].min() > 0.08  # off the ground on the way
+        assert box.min() >= 0 and box.max() <= 1
+
+
+def test_character_of_a_clip_fills_its_box_in_every_frame():
+    """Pixels of the body colour lie inside the frame's box; the identity is one for all frames."""
+    for seed, motion in enumerate(storybook.MOTIONS):
+        drawn = clip(seed, motion, colour="purple", hat="none", place="beach", time="day")
+        assert len({(facts.kind, *facts.identity, facts.place, facts.time) for facts in drawn.facts}) == 1
+        for frame, facts in zip(drawn.frames, drawn.facts, strict=True):
+            near = np.abs(frame.astype(int) - storybook.COLOURS["purple"]).max(2) < 24
+            x0, y0, x1, y1 = (round(edge * storybook.SIZE) for edge in facts.box)
+            assert near[y0:y1, x0:x1].sum() > 20 and near[y0:y1, x0:x1].sum() >= 0.98 * near.sum()
+
+
+def test_backdrop_of_a_clip_stands_still():
+    drawn = clip(7, "right")
+    outside = np.ones((storybook.SIZE, storybook.SIZE), bool)
+    for box in (boxes(drawn) * storybook.SIZE).round().astype(int):
+        outside[box[1] : box[3], box[0] : box[2]] = False
+    assert outside.mean() > 0.2
+    assert (drawn.frames[:, outside] == drawn.frames[0, outside]).all()
+
+
+def test_clips_put_characters_everywhere():
+    """Boxes touch or nearly touch all four edges, and sides reach from small to large."""
+    all_boxes = np.concatenate([boxes(clip(seed)) for seed in range(120)])
+    assert (all_boxes[:, :2].min(0) < 0.03).all() and (all_boxes[:, 2:].max(0) > 0.97).all()
+    side = (all_boxes[:, 2:] - all_boxes[:, :2]).max(1)
+    assert side.min() < 0.34 and side.max() > 0.58

@@ -381,12 +381,15 @@ def two_subjects() -> tuple[dict, str]:
         region = graph.add(
             "MaskComposite", f"The {title}", destination=empty(), source=half(), x=left, y=0, operation="add"
         )
-        model = _aligned(graph, model(), adapter(), loader(3), subject(), f"On the {title}", region=region())
+        model = _aligned(
+            graph, model(), adapter(), loader(3), subject(), f"On the {title}", alpha_image=2.0, region=region()
+        )
     _drawn(graph, loader, model(), "a rabbit drawn twice in the meadow by day", 4, 7, "two_subjects")
     return graph.nodes, (
         "## Two subjects\nOne **Adaptive Prompt Alignment** after the other, each with a *region*: the picture of the fox acts on the "
         "left half, that of the bear on the right. The text, which here names two rabbits, acts everywhere: they take the colours of "
-        "their pictures.\n\n*alpha_text* of several nodes multiply: leave all but one at 1."
+        "their pictures. *alpha_image* is 2, because the demo model wants two characters of one scene to be alike and has to be "
+        "overruled.\n\n*alpha_text* of several nodes multiply: leave all but one at 1."
     )
 
 
@@ -425,9 +428,9 @@ def subject_and_text_sdxl() -> tuple[dict, str]:
 
 LIGHT = "\n".join(
     (
-        "an owl in the snow at night # At night",
-        "a bear in the city # all of them",
-        "a snail in the meadow # are of one colour,",
+        "a fox in the forest at night # At night",
+        "an owl in the snow # all of them",
+        "a bear in the city # are of one colour,",
         "a robot on the beach # and nobody said which.",
     )
 )
@@ -468,7 +471,7 @@ def style_set() -> tuple[dict, str]:
     loader, script, positive, negative = _demo(graph, "", LIGHT, 0)
     block = _style(graph, loader())
     latent = graph.add("EmptyLatentImage", "Size", width=128, height=128, batch_size=script(1))
-    drawn = _sampler(graph, block(), positive(), negative(), latent(), 7)
+    drawn = _sampler(graph, block(), positive(), negative(), latent(), 5)
     _sheet(graph, drawn(), loader(2), script(), "style_set")
     return graph.nodes, (
         "## Style set\nFour kinds in four places. Only the first prompt says *at night*, and none names a colour: the other "
@@ -484,7 +487,7 @@ def style_from_picture() -> tuple[dict, str]:
         "CLIPTextEncode", "Prompt of the given picture", clip=loader(1), text="a fox on the beach at sunset"
     )
     one = graph.add("EmptyLatentImage", "One picture", width=128, height=128, batch_size=1)
-    first = _sampler(graph, loader(), alone(), negative(), one(), 12)
+    first = _sampler(graph, loader(), alone(), negative(), one(), 2)
     given = graph.add("VAEDecode", "The given picture", samples=first(), vae=loader(2))
     encoded = graph.add("VAEEncode", "Encode", pixels=given(), vae=loader(2))
     block = _style(graph, loader(), 0.69)
@@ -667,7 +670,7 @@ def boxes_image() -> tuple[dict, str]:
     track = graph.add(
         "StoryweftBoxTrack",
         "Box Track",
-        boxes="fox | 0: 0 0.5 0.45 0.95 | 1: 0.55 0.35 1 0.8\n",
+        boxes="fox | 0: 0.02 0.42 0.52 0.92 | 1: 0.48 0.42 0.98 0.92\n",
         frames=4,
         width=128,
         height=128,
@@ -720,6 +723,33 @@ def boxes_image() -> tuple[dict, str]:
     )
 
 
+def demo_video() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoVideoLoader", "Demo Video Loader")
+    positive = graph.add("CLIPTextEncode", "Prompt", clip=loader(1), text="a fox in the forest by day")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    latent = graph.add("EmptyLatentImage", "Size: batch = frames", width=128, height=128, batch_size=8)
+    drawn = _sampler(graph, loader(), positive(), negative(), latent(), 3, 20)
+    frames = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))
+    larger = graph.add("ImageScaleBy", "Larger", image=frames(), upscale_method="lanczos", scale_by=3.0)
+    graph.add(
+        "SaveAnimatedWEBP",
+        "Save Clip",
+        images=larger(),
+        filename_prefix="storyweft/demo_video",
+        fps=8.0,
+        lossless=False,
+        quality=90,
+        method="default",
+    )
+    return graph.nodes, (
+        "## Demo video\nEight frames of the picture-book world in one batch: **Demo Video Loader** gives a text-to-video U-Net of "
+        "ComfyUI's own kind (SVD's temporal layers), so the latent batch is the clip. The prompt says who, where and when; how it "
+        "moves is up to the seed, because the text encoder knows no word for motion.\n\nFor a video file with sound put *Create "
+        "Video* and *Save Video* behind the decoder; for real clips use your own video model here."
+    )
+
+
 WORKFLOWS = {
     f.__name__: f
     for f in (
@@ -739,5 +769,6 @@ WORKFLOWS = {
         board_replace_frame,
         board_story_sdxl,
         boxes_image,
+        demo_video,
     )
 }

@@ -15,8 +15,12 @@ from safetensors.torch import save_file
 from torch.nn.functional import avg_pool2d
 
 from .facts import load_autoencoder, pages
+from .video import temporal
 
-LIMITS = {"unet": 12e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6, "adapter": 0.6e6}  # bytes
+import comfy.ops  # isort: skip
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # isort: skip
+
+LIMITS = {"unet": 12e6, "video": 3e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6, "adapter": 0.6e6}  # bytes
 
 
 @torch.no_grad()
@@ -30,11 +34,22 @@ def preview_colours(path: Path, count: int = 64) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in torch.linalg.lstsq(terms, colours).solution.tolist()]
 
 
+def padded(tensors: dict[str, torch.Tensor], config: dict) -> dict[str, list[int]]:
+    """Full sizes of the temporal tensors that the trainer keeps smaller or leaves out; the rest of them is zero."""
+    full = UNetModel(**config, dtype=torch.float32, operations=comfy.ops.disable_weight_init).state_dict()
+    names = [
+        name for name in full if temporal(name) and (name not in tensors or tensors[name].shape != full[name].shape)
+    ]
+    return {name: list(full[name].shape) for name in names}
+
+
 def release(source: Path, target: Path) -> None:
     with safe_open(source, "pt") as file:
         metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if source.stem == "autoencoder":
         metadata["latent_rgb"] = json.dumps(preview_colours(source))
+    if source.stem == "video":
+        metadata["padded"] = json.dumps(padded(tensors, json.loads(metadata["config"])))
     part = target.with_suffix(".part")
     save_file(
         {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}, part, metadata

@@ -73,6 +73,14 @@ class Page:
     facts: tuple[Facts, ...]
 
 
+@dataclass(frozen=True)
+class Clip:
+    frames: np.ndarray  # uint8 [frames, SIZE, SIZE, 3]
+    caption: str
+    motion: str
+    facts: tuple[Facts, ...]  # one for each frame
+
+
 def _render(body: str, size: int) -> Image.Image:
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" viewBox="0 0 32 32">{body}</svg>'
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
@@ -242,13 +250,8 @@ def phrase(rng, facts: Facts, words: str = "") -> str:
     )
 
 
-def sample(rng: np.random.Generator, form: str | None = None, **known) -> Page:
-    """Draw a page: form "one" (a character), "twice" (the same one twice in a scene) or "panels" (two panels of it).
-
-    `known` fixes kind, colour, hat, place or time. Image uint8 [128, 128, 3].
-    """
-    form = form or ("one", "twice", "panels")[np.searchsorted((0.45, 0.78), rng.random(), side="right")]
-    facts = Facts(
+def _draw_facts(rng, known: dict) -> Facts:
+    return Facts(
         known.get("kind") or _choose(rng, KINDS),
         known.get("colour") or _choose(rng, COLOURS),
         known.get("hat") or _choose(rng, HATS),
@@ -256,6 +259,15 @@ def sample(rng: np.random.Generator, form: str | None = None, **known) -> Page:
         known.get("time") or _choose(rng, TIMES),
         (0, 0, 0, 0),
     )
+
+
+def sample(rng: np.random.Generator, form: str | None = None, **known) -> Page:
+    """Draw a page: form "one" (a character), "twice" (the same one twice in a scene) or "panels" (two panels of it).
+
+    `known` fixes kind, colour, hat, place or time. Image uint8 [128, 128, 3].
+    """
+    form = form or ("one", "twice", "panels")[np.searchsorted((0.45, 0.78), rng.random(), side="right")]
+    facts = _draw_facts(rng, known)
     if form == "one":
         image, found = draw_scene(rng, facts, (SIZE, SIZE), [(rng.uniform(0.3, 0.7), rng.uniform(0.46, 0.62))])
         return Page(np.asarray(image), phrase(rng, facts), tuple(found))
@@ -273,6 +285,59 @@ def sample(rng: np.random.Generator, form: str | None = None, **known) -> Page:
             for one in drawn
         ]
     return Page(np.asarray(page), f"two panels, {phrase(rng, facts)} and {phrase(rng, other)}", tuple(found))
+
+
+FRAMES = 8
+MOTIONS = ("right", "left", "near", "away", "still", "hop")
+SIDES = (0.3, 0.62)  # a character's longer side, in picture widths
+
+
+def path(rng: np.random.Generator, motion: str, frames: int) -> np.ndarray:
+    """Where a character is in each frame: [frames, 3] of x and y of the box from edge (0) to edge (1), and its side.
+
+    x = 0 touches the left edge and x = 1 the right one, y = 0 the upper and y = 1 the lower edge, at any side. Two of
+    three characters stand on the ground, the others anywhere.
+    """
+    way = np.linspace(0, 1, frames)
+    side = np.full(frames, rng.uniform(*SIDES))
+    x = np.full(frames, rng.random())
+    y = np.full(frames, rng.uniform(0.75, 1) if rng.random() < 2 / 3 else rng.random())
+    if motion in ("right", "left"):
+        travel = rng.uniform(0.4, 1)
+        start = rng.uniform(0, 1 - travel)
+        x = start + travel * (way if motion == "right" else 1 - way)
+    elif motion in ("near", "away"):
+        small, large = rng.uniform(SIDES[0], 0.38), rng.uniform(0.5, SIDES[1])
+        side = small + (large - small) * (way if motion == "near" else 1 - way)
+    elif motion == "hop":
+        x = x + rng.uniform(-0.3, 0.3) * way
+        y = y - rng.uniform(0.3, 0.5) * abs(np.sin(np.pi * way * rng.integers(1, 3)))
+    return np.stack([x.clip(0, 1), y.clip(0, 1), side], 1)
+
+
+def sample_clip(rng: np.random.Generator, motion: str | None = None, frames: int = FRAMES, **known) -> Clip:
+    """Draw a clip: one character moves over a backdrop that stands still; its identity and facing stay the same.
+
+    `known` fixes kind, colour, hat, place or time. The caption is a page's: it names no motion, because the text
+    encoder knows no word for it. Frames uint8 [frames, 128, 128, 3].
+    """
+    facts = _draw_facts(rng, known)
+    motion = motion or _choose(rng, MOTIONS)
+    left = int(rng.integers(0, WIDE - SIZE + 1))
+    scene = backdrop(facts.place, facts.time, int(rng.integers(VARIANTS))).crop((left, 0, left + SIZE, SIZE))
+    figure = sprite(facts.kind, facts.colour, facts.hat)
+    if rng.random() < 0.5:
+        figure = figure.transpose(Image.FLIP_LEFT_RIGHT)
+    images, found = [], []
+    for x, y, side in path(rng, motion, frames):
+        scale = side * SIZE / max(figure.size)
+        drawn = figure.resize((round(figure.width * scale), round(figure.height * scale)), Image.LANCZOS)
+        px, py = round(x * (SIZE - drawn.width)), round(y * (SIZE - drawn.height))
+        image = scene.convert("RGB")
+        image.paste(drawn, (px, py), drawn)
+        images.append(np.asarray(image))
+        found.append(replace(facts, box=(px / SIZE, py / SIZE, (px + drawn.width) / SIZE, (py + drawn.height) / SIZE)))
+    return Clip(np.stack(images), phrase(rng, facts), motion, tuple(found))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
 def test_ids_that_were_released_stay():
     assert set(SCHEMAS) >= {
         "StoryweftDemoLoader",
+        "StoryweftDemoVideoLoader",
         "StoryweftScript",
         "StoryweftPanelConditioning",
         "StoryweftConsistentSelfAttention",
