@@ -105,6 +105,76 @@ def table(results: dict[str, list[dict[str, float]]]) -> list[str]:
     return lines
 
 
+def verdict(results: dict[str, list[dict[str, float]]]) -> list[str]:
+    """The aims in words, each reached or missed."""
+    clips, pictures, drawn = (
+        {key: float(np.mean([row[key] for row in rows])) for key in COLUMNS} for rows in results.values()
+    )
+    aims = [
+        (
+            clips["same_identity"] >= 0.8 * drawn["same_identity"],
+            f"identity stays over the frames: {clips['same_identity']:.2f}, {pictures['same_identity']:.2f} without "
+            f"temporal layers, {drawn['same_identity']:.2f} at most",
+        ),
+        (clips["still_place"] < 1, f"the place stands still: {clips['still_place']:.1f} grey levels between frames"),
+        (
+            clips["way"] > 2 * clips["jump"],
+            f"the character travels and does not jump: way {clips['way']:.2f}, largest step {clips['jump']:.2f}",
+        ),
+    ]
+    return [f"- {'reached' if met else 'MISSED'}: {words}" for met, words in aims]
+
+
+def stamp(args, name: str) -> str:
+    """Names everything a model's clips depend on."""
+    sums = [line for line in (WEIGHTS / CHECKSUMS).read_text().splitlines() if name == VIDEO or "video." not in line]
+    return hashlib.sha256(f"{sums} {args.steps} {args.cfg}".encode()).hexdigest()[:12]
+
+
+def run(args) -> dict[str, list[dict[str, float]]]:
+    """Results per model, one per clip; those kept in output/video are not sampled again."""
+    folder = pack.ROOT / "output" / "video"
+    folder.mkdir(parents=True, exist_ok=True)
+    studio, results = Studio(args.steps, args.cfg), {}
+    for name in (*studio.models, CEILING):
+        results[name] = []
+        for index in range(args.clips):
+            kept = folder / f"{stamp(args, name)}_{name.split()[0]}_{index}.json"
+            if not kept.exists() and index % args.parts == args.part:
+                images = (studio.drawn(index) if name == CEILING else studio.frames(name, index)).float().clone()
+                strip = np.concatenate(list(images.mul(255).round().byte().numpy()), 1)
+                Image.fromarray(strip).save(kept.with_suffix(".png"))
+                kept.write_text(json.dumps(score(read(studio.reader, images), asked(index), images)))
+            if kept.exists():
+                results[name].append(json.loads(kept.read_text()))
+    if args.sheet:
+        strips = [folder / f"{stamp(args, VIDEO)}_{VIDEO.split()[0]}_{index}.png" for index in range(SHOWN)]
+        Image.fromarray(np.concatenate([np.asarray(Image.open(path)) for path in strips])).save(args.sheet, quality=85)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--sheet", help="picture file of the first clips of the video model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", type=int, default=1, help="processes that share the clips; each writes no report")
+    parser.add_argument("--part", type=int, default=0, help="number of this process; run without both afterwards")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = run(args)
+    if args.parts > 1:
+        return
+    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    for key, words in COLUMNS.items():
+        lines.append(
+            f"| {words} | " + " | ".join(f"{np.mean([r[key] for r in rows]):.2f}" for rows in results.values()) + " |"
+        )
+    return lines
+
+
 def stamp(args, name: str) -> str:
     """Names everything a model's clips depend on."""
     sums = [line for line in (WEIGHTS / CHECKSUMS).read_text().splitlines() if name == VIDEO or "video." not in line]
@@ -156,11 +226,12 @@ def main() -> None:
         "Kind, place and time: share of clips in which that frame shows what the caption says. Same: share of the frame pairs of a",
         "clip that the classifier reads as the same; identity is colour and hat together. Way: distance from the character's centre",
         "in the first frame to that in the last, largest step: between two frames, both in picture widths. Change of place: median",
-        "over pixels of the change from one frame to the next, in grey levels of 255.",
+        "over pixels of the change from one frame to the next, in grey levels of 255. The classifier was trained on pages, with",
+        "characters on the ground and away from the edges: of clips it reads the kind less well, as the last column shows.",
         "",
         *table(results),
         "",
-        f"The character moves by more than a tenth of the picture in {moving:.0%} of the video model's clips.",
+        *verdict(results),
     ]
     (pack.ROOT / "docs" / "video.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines[8:]))
