@@ -44,7 +44,7 @@ class DemoVideoLoader(io.ComfyNode):
             category="Storyweft/Demo",
             description="The pack's own small text-to-video model of the picture-book world: the latent batch is the clip. Use "
             "Empty Latent Image with 128 x 128 and batch size 8, KSampler, VAE Decode. It knows the words of the "
-            "Demo Loader; it has learnt no words for motion and picks one by the seed.",
+            "Demo Loader; it has learnt no words for motion and is undertrained: characters jitter.",
             search_aliases=["demo video", "tiny video model", "text to video", "storyweft demo"],
             inputs=[],
             outputs=[

@@ -744,8 +744,8 @@ def demo_video() -> tuple[dict, str]:
     )
     return graph.nodes, (
         "## Demo video\nEight frames of the picture-book world in one batch: **Demo Video Loader** gives a text-to-video U-Net of "
-        "ComfyUI's own kind (SVD's temporal layers), so the latent batch is the clip. The prompt says who, where and when; how it "
-        "moves is up to the seed, because the text encoder knows no word for motion.\n\nFor a video file with sound put *Create "
+        "ComfyUI's own kind (SVD's temporal layers), so the latent batch is the clip. The prompt says who, where and when; the "
+        "model is undertrained, so the character jitters instead of walking.\n\nFor a video file with sound put *Create "
         "Video* and *Save Video* behind the decoder; for real clips use your own video model here."
     )
 
