@@ -27,7 +27,8 @@ test: env chromium
 	$(RUN) -m pytest -q tests
 
 effects: env
-	$(RUN) -m benchmarks.effects
+	for report in effects style_effects box_effects box_video_effects board_effects subject_effects video; do \
+	    $(RUN) -m benchmarks.$$report || exit 1; done
 
 bench: env
-	$(RUN) -m benchmarks.consistent
+	for report in consistent style masked board; do $(RUN) -m benchmarks.$$report || exit 1; done
