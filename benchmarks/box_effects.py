@@ -152,7 +152,11 @@ def report(found: dict[str, list[dict[str, float]]], args) -> list[str]:
     lines += [
         "",
         f"A quarter of the steps masked gives {on / off:.1f} times the mIoU of no mask; the aim, set for video, is 3. "
-        "Nothing was tuned on these boxes. ![pictures](box_effects.jpg) One line per setting, in the order of the table.",
+        "Nothing was tuned on these boxes. The demo model has only seen characters that stand on the ground, 0.46 to 0.62 of the picture "
+        "wide and with their middle between 0.3 and 0.7, so many of these boxes, drawn anywhere, lie where it cannot draw one, and without "
+        "a mask the overlap is high already.",
+        "",
+        "![pictures](box_effects.jpg) One line per setting, in the order of the table.",
         "",
     ]
     return lines
