@@ -5,6 +5,7 @@ from there and no longer written. Rows of an unmarked conditioning all show one 
 """
 
 import functools
+import logging
 import math
 
 import torch
@@ -17,6 +18,7 @@ from . import bank
 from .layout import Layer, Layout
 from .rule import Rule
 
+FEW_STEPS = 10  # below it the first, unshared step settles much of a picture
 PATHS = {
     "output path": ("output",),
     "middle and output path": ("middle", "output"),
@@ -56,7 +58,7 @@ class ConsistentRule(Rule):
         return State(self, run)
 
     def begin(self, run) -> None:
-        entries = [entry for twins in run.entries.values() for entry in twins]
+        entries = run.listed
         panels = next((entry.panels for entry in entries if entry.panels is not None), None)
         if panels is not None and len(panels) != run.latent_shape[0]:
             raise ValueError(
@@ -65,6 +67,15 @@ class ConsistentRule(Rule):
             )
         for character in self.characters.values():
             bank.check(character, run, self.node_id)
+        steps = len(run.sigmas) - 1
+        if self.options.first_step and steps < FEW_STEPS:
+            logging.warning(
+                "%s: %d steps are few for the published numbers, which let step %d pass unshared; set first_step 0 and "
+                "share_early 1.",
+                self.node_id,
+                steps,
+                self.options.first_step,
+            )
         if self.options.window:
             self._check_window(run, entries)
             others = [rule.node_id for rule in run.rules if rule is not self and "self" in rule.kinds]
@@ -93,15 +104,18 @@ class ConsistentRule(Rule):
         return layer.kind == "self" and self.covers(layer) and low <= run.sigma <= high
 
     def expected(self, run) -> bool:
-        """Whether this run shows a character at all; a run of [NC] panels has nothing to keep."""
-        entries = [entry for twins in run.entries.values() for entry in twins]
-        return any(self.names(entry, panel) for entry in entries for panel in entry.panels or (0,))
+        """Whether this run shows a character that it does not only write down."""
+        if self.recorder is not None and self.recorder.pieces:
+            return False
+        return any(self.names(entry, panel) for entry in run.listed for panel in entry.panels or (0,))
 
     def idle_reason(self, run) -> str:
         if run.latent_shape[0] < 2 and not self.characters:
             return "the batch holds one picture, so there is nobody to share with."
         if self.characters:
             return f"no panel of it names a recalled character ({', '.join(self.characters)}), or no step lies in its range."
+        if not any(writers for entry in run.listed for writers in self.cast(entry, list(entry.panels or (0, 1))).values()):
+            return "none of its panels is an id panel of the characters they name; draw the id panels in the same batch."
         return "no step of this run lies in its range, or its rates are 0."
 
     def plan(self, run, call, layout: Layout, plan) -> bool:

@@ -48,7 +48,7 @@ class FrameStoryRule(Rule):
 
     def begin(self, run) -> None:
         state = run.state[self]
-        entries = [entry for twins in run.entries.values() for entry in twins]
+        entries = run.listed
         state.texts = [entry.cond[MARK] for entry in entries if MARK in entry.cond]
         if not state.texts:
             raise ValueError(

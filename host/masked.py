@@ -83,7 +83,7 @@ class MaskedRule(Rule):
         family = run.family.model_class
         if family not in KNOWN and not run.family.picture_only:
             raise ValueError(f"{self.node_id}: the order of tokens in {family} is not known to it; use the base model.")
-        entries = [entry for twins in run.entries.values() for entry in twins]
+        entries = run.listed
         for entry in entries:
             for key, what in (("area", "an area"), ("keyframe_idxs", "guide key frames")):
                 if entry.cond.get(key) is not None:

@@ -49,6 +49,11 @@ class Run:
         return self.step, self.visit
 
     @property
+    def listed(self) -> list[Entry]:
+        """All conditioning entries of the present evaluation."""
+        return [entry for twins in self.entries.values() for entry in twins]
+
+    @property
     def first_evaluation(self) -> bool:
         return sum(self._visits.values()) == 1
 

@@ -1,7 +1,7 @@
-"""Writes workflows/*.json and workflows/api/*.json: the sources of workflow_sources.py, through the real page.
+"""Writes workflows/*.json and workflows/api/*.json: the sources of workflow_sources, through the real page.
 
 The page builds the graph from the API form, this script places the nodes and adds the note, and the page gives both
-forms back, so that they are what a user's own "Save" and "Export (API)" would write.
+forms back, so that they are what a user's own "Save" and "Export (API)" would write. Names as arguments: only those.
 """
 
 import json
@@ -32,9 +32,10 @@ BUILD = """async ([api, text, name, HEIGHT]) => {
         if (node !== note) {
             const size = node.computeSize(), long = node.widgets?.some(widget => widget.options?.multiline);
             node.setSize([Math.max(size[0], long ? 420 : 270),
-                          Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 : /SaveImage|Preview/.test(node.type) ? 320 : 0)]);
+                          Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 :
+                                    /SaveImage|SaveAnimated|Preview/.test(node.type) ? 320 : 0)]);
         }
-        const room = node.size[1] + (/Sampler/.test(node.type) ? 260 : 0);     // a sampler shows its preview below
+        const room = node.size[1] + (/Sampler/.test(node.type) ? 260 : /BoxTrack/.test(node.type) ? 120 : 0);  // both grow when run
         if (y > 60 && y + room > HEIGHT) { x += wide + 70; y = 60; wide = 0; }
         node.pos = [x, y];
         y += room + 60; wide = Math.max(wide, node.size[0]);
@@ -47,8 +48,8 @@ BUILD = """async ([api, text, name, HEIGHT]) => {
 def main() -> None:
     (ROOT / "workflows" / "api").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as base, running(free_port(), Path(base)) as (url, _), opened(url, 1600, 1000) as page:
-        for name, source in WORKFLOWS.items():
-            api, note = source()
+        for name in sys.argv[1:] or WORKFLOWS:
+            api, note = WORKFLOWS[name]()
             workflow, output = page.evaluate(BUILD, [api, note, name, HEIGHT])
             (ROOT / "workflows" / f"{name}.json").write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n")
             (ROOT / "workflows" / "api" / f"{name}.json").write_text(

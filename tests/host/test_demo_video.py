@@ -118,7 +118,7 @@ def test_weights_the_file_leaves_out_are_zero(loaded):
 
 def test_blocks_of_the_pack_find_the_spatial_layers(loaded):
     family, pictures = families.find(loaded[0], "Test"), families.find(demo.load_unet(str(demo.WEIGHTS)), "Test")
-    assert family.temporal and family.layers == pictures.layers
+    assert family.time_layers and family.layers == pictures.layers
 
 
 def test_reload_factory_gives_the_same_model(loaded):

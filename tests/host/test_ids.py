@@ -88,7 +88,7 @@ def test_english_texts_are_those_of_the_schemas():
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_is_what_its_source_says(path):
-    """Else somebody changed workflow_sources.py and did not run tools/make_workflows.py."""
+    """Else somebody changed workflow_sources and did not run tools/make_workflows.py."""
     graph, note = workflow_sources.WORKFLOWS[path.stem]()
     api = json.loads((ROOT / "workflows" / "api" / path.name).read_text())
     assert {number: (node["class_type"], node["inputs"]) for number, node in api.items()} == {

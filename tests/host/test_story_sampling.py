@@ -339,9 +339,10 @@ def test_transformers_remember_too(family):
     story = parse_script("[Ana] a fox", "[Ana] runs\n[Ana] sits\n[Ana] sleeps", id_count=2)
     positive = tiny.conditioning(family, 3, 1, marks={"storyweft_panels": (0, 1, 2), "storyweft_story": story})
     negative, latent = tiny.conditioning(family, 1, 2), {"samples": tiny.latent(family, 1)}
+    settings = replace(SETTINGS, denoise=0.5 if family == "cogvideox" else 1.0)  # its first sigma leaves float32 few digits
     drawn = [
         StorySampler(
-            "StoryweftStorySampler", model, positive, negative, latent, replace(SETTINGS, memory=mode), None
+            "StoryweftStorySampler", model, positive, negative, latent, replace(settings, memory=mode), None
         ).draw()[0]
         for mode in ("bank", "together")
     ]

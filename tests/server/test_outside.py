@@ -19,6 +19,10 @@ ASKED_FOR = [
     ("CLIPVisionLoader", "clip_name", "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"),
     ("LoadBackgroundRemovalModel", "bg_removal_name", "birefnet.safetensors"),
     ("LoadImage", "image", "example.png"),
+    ("UNETLoader", "unet_name", "wan2.1_t2v_1.3B_fp16.safetensors"),
+    ("CLIPLoader", "clip_name", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
+    ("VAELoader", "vae_name", "wan_2.1_vae.safetensors"),
+    ("ImageOnlyCheckpointLoader", "ckpt_name", "svd.safetensors"),
 ]
 
 
