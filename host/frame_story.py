@@ -114,6 +114,8 @@ class FrameStoryRule(Rule):
         if not any(texts):
             return False
         if layout.layer.kind == "self":
+            if layout.text is None:  # SD3.5's second attention holds the picture alone
+                return False
             plan.constraints.append(self._joint(run, call, layout, texts, plan.q.shape[2]))
             return True
         blend = self.blend if self._acts(layout.layer, run) else 1.0
