@@ -107,9 +107,7 @@ class MaskedRule(Rule):
                 "output to positive, or switch cross off (models without text, like SVD, need that)."
             )
         for entry in marked:
-            words, text, board = entry.cond[KEY], entry.cond.get("cross_attn"), entry.cond.get(MARK)
-            if board is not None and board.captions is not None:
-                text = board.captions  # what U-Nets read in place of the prompt
+            words, text = entry.cond[KEY], _text_of(entry)
             if text is not None and text.shape[1] != len(words.labels):
                 raise ValueError(
                     f"{self.node_id}: {entry.role} conditioning {entry.index} has {text.shape[1]} tokens where the block's "
@@ -182,8 +180,10 @@ class MaskedRule(Rule):
             if words is None:
                 continue
             for branch in plan.text[chunk]:
-                keys = _repeated(words, branch.k.shape[2], self.node_id, entry)
-                name = (state.name(call, layout, "cross"), len(keys), words)
+                length, text = branch.k.shape[2], _text_of(entry)
+                own = length if text is None else text.shape[1]
+                keys = _repeated(words, own, length, self.node_id, entry)
+                name = (state.name(call, layout, "cross"), own, length, words)
                 branch.constraints.append(Constraint(_grouped(labels, words), keys[None], name))
             acted = True
         return acted
@@ -224,10 +224,14 @@ def _grouped(labels: Tensor, words: Words) -> Tensor:
     return torch.tensor(words.groups)[labels]
 
 
-def _repeated(words: Words, length: int, node_id: str, entry) -> Tensor:
+def _text_of(entry) -> Tensor | None:
+    """What the model reads of an entry: its prompt, or, on U-Nets, a board's captions in place of it."""
+    board = entry.cond.get(MARK)
+    return entry.cond.get("cross_attn") if board is None or board.captions is None else board.captions
+
+
+def _repeated(words: Words, own: int, length: int, node_id: str, entry) -> Tensor:
     """Labels of keys. Core repeats a prompt to the length of its partner; a negative may have more or fewer chunks."""
-    text = entry.cond.get("cross_attn")
-    own = length if text is None else text.shape[1]
     labels = torch.tensor(words.labels)
     labels = labels.repeat(-(-own // len(labels)))[:own]
     if length % own:
