@@ -65,6 +65,7 @@ class MaskedRule(Rule):
         self.regions = regions
         self.options = options
         self.frames_per_latent = frames_per_latent
+        self.whole_batch = regions.frames > 1
         self.kinds = frozenset(
             kind
             for kind, on in (

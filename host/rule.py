@@ -31,7 +31,7 @@ class Rule:
     kinds: frozenset[str] = frozenset()
     several = False
     neutral = False
-    whole_batch = False  # whether it needs all panels of a story in one batch
+    whole_batch = False  # whether it needs all panels of a story in one batch, whose rows it counts
 
     def start(self, run):
         """State of one run, kept in run.state[self]."""

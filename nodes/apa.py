@@ -194,6 +194,8 @@ class AdaptivePromptAlignment(io.ComfyNode):
         alphas = layer_alphas(model, image_adapter, text, picture)
         tokens, blank = adapters.encode(image_adapter, clip_vision, image, guidance, node_id)
         sigmas = step_range(model.get_model_object("model_sampling"), start_percent, end_percent)
+        if region is not None:
+            region = region.reshape(-1, *region.shape[-2:])
         rule = AdaptivePromptRule(
             image_adapter, tokens, blank, alphas, (text_at_end, image_at_end), sigmas, guidance, region
         )
