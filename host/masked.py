@@ -168,7 +168,8 @@ class MaskedRule(Rule):
         acted = False
         if self.options.spatial and _differ(rows):
             whole = _spread(rows, layout.image, plan.k.shape[2])
-            plan.constraints.append(Constraint(whole, whole, state.name(call, layout, "self")))
+            name = (state.name(call, layout, "self"), plan.k.shape[2])  # a reference may be in one prompt alone
+            plan.constraints.append(Constraint(whole, whole, name))
             acted = True
         if self.options.cross and layout.text is not None:
             acted |= self._plan_joint(state, call, layout, labels, plan)
