@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .core import Attend
-from .masked import ANY, Constraint, Divide, masked_attention, partition
+from .masked import ANY, ON_DEVICE, Constraint, Divide, masked_attention, partition
 
 GATHERED = 4 * 2**20  # bytes of keys and values that one call on a CPU gathers, as far as one head allows
-ON_DEVICE = 16  # times as many elsewhere: a GPU wants few and large kernels
 
 
 class Piece(NamedTuple):

@@ -17,7 +17,8 @@ Divide = Callable[[Sequence["Constraint"], int, torch.device], list["Part"]]  # 
 
 ANY = -1  # as a query's label: sees every key; as a key's label: every query sees it
 NOBODY = -2  # key label that no labelled query may see
-GATHERED = 8 * 2**20  # bytes of tokens that one attention gathers, as far as one row of a part allows
+GATHERED = 8 * 2**20  # bytes of tokens that one attention on a CPU gathers, as far as one row of a part allows
+ON_DEVICE = 16  # times as many elsewhere: a GPU wants few and large kernels
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ class Part:
     queries: Tensor | None
     keys: Tensor | None
 
-    def pieces(self, q: tuple[int, ...], k: tuple[int, ...], size: int) -> list["Part"]:
+    def pieces(self, q: Tensor, k: Tensor) -> list["Part"]:
         """Parts of fewer rows, whose tokens stay in a cache while they are gathered, attend and are put back."""
         if self.queries is None:
             return [self]
-        tokens = 2 * self.queries.shape[1] + 2 * (k[2] if self.keys is None else self.keys.shape[1])
-        step = max(1, GATHERED // (tokens * q[1] * q[3] * size))
+        tokens = 2 * self.queries.shape[1] + 2 * (k.shape[2] if self.keys is None else self.keys.shape[1])
+        limit = GATHERED if q.device.type == "cpu" else ON_DEVICE * GATHERED
+        step = max(1, limit // (tokens * q.shape[1] * q.shape[3] * q.element_size()))
         indices = (self.rows, self.queries, self.keys)
         cut = zip(*((None,) * len(self.rows) if x is None else x.split(step) for x in indices), strict=False)
         return [Part(*piece) for piece in cut]
@@ -143,7 +145,7 @@ def masked_attention(
     if len(parts) == 1 and parts[0].queries is None and parts[0].keys is None:
         return attend(q, k, v, bias)
     out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3]) if into is None else into.transpose(1, 2)
-    for part in (piece for whole in parts for piece in whole.pieces(q.shape, k.shape, q.element_size())):
+    for part in (piece for whole in parts for piece in whole.pieces(q, k)):
         found = attend(
             _take(q, part, part.queries), _take(k, part, part.keys), _take(v, part, part.keys), _take_bias(bias, part)
         ).transpose(1, 2)

@@ -6,14 +6,12 @@ positive row. Forms run in turn; times are medians of processor time, so that ne
 
 import argparse
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
-from . import pack  # noqa: F401
+from .consistent import in_turn
 
 from storyweft.attention.branches import Branch, attend_branches  # isort: skip
 from storyweft.attention.core import attend, merge_heads, split_heads  # isort: skip
@@ -72,16 +70,6 @@ class Layer:
         text = torch.cat([self.prompt[:1], self.captions.view(self.frames, WORDS, -1)])
         out = self.out(attend(*(self.project(n, given) for n, given in zip("qkv", (x, text, text), strict=True))))
         return torch.cat([out[:1], (out[1:] * self.masks).sum(0, keepdim=True)])
-
-
-def in_turn(forms, repeats: int) -> list[float]:
-    seconds = [[] for _ in forms]
-    for _ in range(repeats + 2):
-        for kept, form in zip(seconds, forms, strict=True):
-            start = time.process_time()
-            form()
-            kept.append(time.process_time() - start)
-    return [statistics.median(kept[2:]) for kept in seconds]
 
 
 def main() -> None:

@@ -6,13 +6,12 @@ one thread on a CPU, which does not count what other programs take, and wall tim
 
 import argparse
 import platform
-import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from . import pack  # noqa: F401
+from .consistent import in_turn
 
 from storyweft.attention.core import attend  # isort: skip
 from storyweft.attention.labels import BoxRegions  # isort: skip
@@ -36,17 +35,6 @@ def boxes(frames: int, share: float, ragged: bool) -> BoxRegions:
         x = (1 - side) * frame / max(frames - 1, 1)
         found.append((x, (1 - side) / 2, x + side, (1 + side) / 2))
     return BoxRegions(torch.tensor([found], dtype=torch.float64))
-
-
-def in_turn(forms, repeats: int, clock) -> list[float]:
-    """Median time of each form, run in turn."""
-    times = [[] for _ in forms]
-    for _ in range(repeats + 1):
-        for kept, form in zip(times, forms, strict=True):
-            start = clock()
-            form()
-            kept.append(clock() - start)
-    return [statistics.median(kept[1:]) for kept in times]
 
 
 def case(frames: int, share: float, ragged: bool, dtype, device, repeats: int, tokens=TOKENS):

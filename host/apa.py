@@ -70,6 +70,7 @@ class AdaptivePromptRule(Rule):
         self.adapter, self.tokens, self.blank = adapter, tokens, blank
         self.alphas, self.at_end = alphas, at_end
         self.sigma_range, self.guidance, self.mask = sigma_range, guidance, mask
+        self.whole_batch = max(len(tokens), 0 if mask is None else len(mask)) > 1
         self.index = {layer: index for index, layer in enumerate(alphas)}
         self.neutral = all(self._faded(layer, progress) == (1.0, 0.0) for layer in alphas for progress in (0.0, 1.0))
 

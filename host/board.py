@@ -127,7 +127,7 @@ def with_summary(text: Tensor, extras: dict, summary: list) -> tuple[Tensor, dic
     out = torch.cat([text.expand(n, -1, -1), told.to(text).expand(n, -1, -1)], 1)
     if MASK not in extras and MASK not in more:
         return out, extras
-    ones = [e.get(MASK, torch.ones(len(t), t.shape[1], dtype=torch.long)) for t, e in ((text, extras), (told, more))]
+    ones = [e.get(MASK, torch.ones(len(t), t.shape[1], dtype=torch.long, device=t.device)) for t, e in ((text, extras), (told, more))]
     return out, {**extras, MASK: torch.cat([mask.expand(n, -1) for mask in ones], 1)}
 
 

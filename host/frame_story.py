@@ -96,6 +96,8 @@ class FrameStoryRule(Rule):
 
     def result(self, run, latents: Tensor) -> Tensor:
         board = run.state[self].board
+        if "cross" in self.kinds and self.expected(run) and not run.state[self].acted:
+            logging.warning("%s: every frame read the whole story: %s", self.node_id, self.idle_reason(run))
         return board.repaired(latents, run.start) if board.known else latents
 
     def wants(self, layer: Layer, run) -> bool:
@@ -114,9 +116,13 @@ class FrameStoryRule(Rule):
         if not any(texts):
             return False
         if layout.layer.kind == "self":
+            if layout.text is None:  # SD3.5's second attention holds the picture alone
+                return False
             plan.constraints.append(self._joint(run, call, layout, texts, plan.q.shape[2]))
             return True
-        blend = self.blend if self._acts(layout.layer, run) else 1.0
+        acts = self._acts(layout.layer, run)
+        run.state[self].acted |= acts
+        blend = self.blend if acts else 1.0
         for chunk, text in enumerate(texts):
             if text is not None:
                 (asked,) = plan.text[chunk]
@@ -170,6 +176,7 @@ class State:
     def __init__(self):
         self.texts: list[BoardText] = []
         self.board = None
+        self.acted = False  # whether frames read their own captions; outside of layers and steps all read the story
         self.joint: dict = {}
         self._cells: dict = {}
         self._projected: dict = {}

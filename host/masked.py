@@ -65,6 +65,7 @@ class MaskedRule(Rule):
         self.regions = regions
         self.options = options
         self.frames_per_latent = frames_per_latent
+        self.whole_batch = regions.frames > 1
         self.kinds = frozenset(
             kind
             for kind, on in (
@@ -107,9 +108,7 @@ class MaskedRule(Rule):
                 "output to positive, or switch cross off (models without text, like SVD, need that)."
             )
         for entry in marked:
-            words, text, board = entry.cond[KEY], entry.cond.get("cross_attn"), entry.cond.get(MARK)
-            if board is not None and board.captions is not None:
-                text = board.captions  # what U-Nets read in place of the prompt
+            words, text = entry.cond[KEY], _text_of(entry)
             if text is not None and text.shape[1] != len(words.labels):
                 raise ValueError(
                     f"{self.node_id}: {entry.role} conditioning {entry.index} has {text.shape[1]} tokens where the block's "
@@ -169,7 +168,8 @@ class MaskedRule(Rule):
         acted = False
         if self.options.spatial and _differ(rows):
             whole = _spread(rows, layout.image, plan.k.shape[2])
-            plan.constraints.append(Constraint(whole, whole, state.name(call, layout, "self")))
+            name = (state.name(call, layout, "self"), plan.k.shape[2])  # a reference may be in one prompt alone
+            plan.constraints.append(Constraint(whole, whole, name))
             acted = True
         if self.options.cross and layout.text is not None:
             acted |= self._plan_joint(state, call, layout, labels, plan)
@@ -182,8 +182,10 @@ class MaskedRule(Rule):
             if words is None:
                 continue
             for branch in plan.text[chunk]:
-                keys = _repeated(words, branch.k.shape[2], self.node_id, entry)
-                name = (state.name(call, layout, "cross"), len(keys), words)
+                length, text = branch.k.shape[2], _text_of(entry)
+                own = length if text is None else text.shape[1]
+                keys = _repeated(words, own, length, self.node_id, entry)
+                name = (state.name(call, layout, "cross"), own, length, words)
                 branch.constraints.append(Constraint(_grouped(labels, words), keys[None], name))
             acted = True
         return acted
@@ -224,10 +226,14 @@ def _grouped(labels: Tensor, words: Words) -> Tensor:
     return torch.tensor(words.groups)[labels]
 
 
-def _repeated(words: Words, length: int, node_id: str, entry) -> Tensor:
+def _text_of(entry) -> Tensor | None:
+    """What the model reads of an entry: its prompt, or, on U-Nets, a board's captions in place of it."""
+    board = entry.cond.get(MARK)
+    return entry.cond.get("cross_attn") if board is None or board.captions is None else board.captions
+
+
+def _repeated(words: Words, own: int, length: int, node_id: str, entry) -> Tensor:
     """Labels of keys. Core repeats a prompt to the length of its partner; a negative may have more or fewer chunks."""
-    text = entry.cond.get("cross_attn")
-    own = length if text is None else text.shape[1]
     labels = torch.tensor(words.labels)
     labels = labels.repeat(-(-own // len(labels)))[:own]
     if length % own:

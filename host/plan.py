@@ -51,11 +51,11 @@ class SelfPlan:
         rest = torch.ones(tokens, dtype=torch.bool)
         rest[image] = False
         nothing: list[list[Piece]] = [[] for _ in self.seen]
-        for index, seen in ((~rest, self.seen), (rest, nothing)):  # text and references look at their own row only
+        for index, seen, part in ((~rest, self.seen, "picture"), (rest, nothing, "rest")):  # only the picture looks at others
             bias, on = self.bias, index.to(q.device)
             if bias is not None and bias.shape[2] > 1:
                 bias = bias[:, :, on]
-            constraints = [Constraint(c.query[:, index], c.key) for c in self.constraints]
+            constraints = [Constraint(c.query[:, index], c.key, c.name and (c.name, part)) for c in self.constraints]
             out[:, :, on] = joined_attention(q[:, :, on], k, v, seen, attend, bias, constraints, divisions)
         return out
 

@@ -31,7 +31,7 @@ class Rule:
     kinds: frozenset[str] = frozenset()
     several = False
     neutral = False
-    whole_batch = False  # whether it needs all panels of a story in one batch
+    whole_batch = False  # whether it needs all panels of a story in one batch, whose rows it counts
 
     def start(self, run):
         """State of one run, kept in run.state[self]."""
@@ -84,7 +84,22 @@ class Rule:
         return "no step of this run lies in its range."
 
 
-def step_range(sampling, start_percent: float, end_percent: float) -> tuple[float, float]:
-    """(highest, lowest) sigma at which a block acts, from parts of the noise schedule (0 start, 1 end)."""
+def fraction(node_id: str, name: str, value: float) -> float:
+    """`value` if it is a number from 0 to 1 (NaN passes the host's own check); ValueError otherwise."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{node_id}: {name} is {value}; give a number from 0 to 1.")
+    return value
+
+
+def step_range(model, node_id: str, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """(highest, lowest) sigma at which a block acts, from parts of the noise schedule (0 start, 1 end).
+
+    Raises ValueError naming the part that is no number from 0 to 1, or both when they are the wrong way round.
+    """
+    fraction(node_id, "start_percent", start_percent)
+    fraction(node_id, "end_percent", end_percent)
+    if start_percent > end_percent:
+        raise ValueError(f"{node_id}: start_percent {start_percent} lies after end_percent {end_percent}; swap them.")
+    sampling = model.get_model_object("model_sampling")
     high = torch.inf if start_percent == 0 else float(sampling.percent_to_sigma(start_percent))
     return high, 0.0 if end_percent == 1 else float(sampling.percent_to_sigma(end_percent))

@@ -131,6 +131,7 @@ class StorySampler:
             )
         self.node_id, self.model, self.settings, self.store, self.wanted = node_id, model, settings, store, wanted
         self.rule = rule_of(model, node_id)
+        self.whole = next((rule.node_id for rule in override.rules_of(model) if rule.whole_batch), None)
         self.story, self.panels = marks["storyweft_story"], marks["storyweft_panels"]
         self.positive, self.negative = positive, negative
         self.latent = self._latent(latent)
@@ -200,14 +201,18 @@ class StorySampler:
                 f"{self.node_id}: memory is '{mode}', which keeps no character, and the output character is connected; set "
                 "memory to bank, or disconnect the output."
             )
-        whole = next((rule.node_id for rule in override.rules_of(self.model) if rule.whole_batch), None)
-        if whole is not None and mode not in ("auto", "together"):
+        if self.whole is not None and mode not in ("auto", "together"):
             raise ValueError(
-                f"{self.node_id}: memory is {mode}, which draws a story in parts, and {whole} needs all panels in one batch; "
+                f"{self.node_id}: memory is {mode}, which draws a story in parts, and {self.whole} needs all panels in one batch; "
                 "set memory to together."
             )
-        if whole is not None:
-            return "together", f"{whole} needs all panels in one batch: memory together"
+        if self.whole is not None and self.wanted:
+            raise ValueError(
+                f"{self.node_id}: the output character is connected and {self.whole} needs all panels in one batch, which "
+                "keeps no character; disconnect the output or remove that block."
+            )
+        if self.whole is not None:
+            return "together", f"{self.whole} needs all panels in one batch: memory together"
         if mode == "auto":
             mode = "bank" if self.wanted or needed < free / 2 else "recompute"
         if mode == "bank" and needed > free:
@@ -278,6 +283,8 @@ class StorySampler:
         """What decides a panel: model, rules, settings, its own conditioning and noise, and those of the panels it reads."""
         shown = self.story.panels[panel].characters
         read = sorted({i for name in shown for i in self.story.id_panels.get(name, ()) if i in self.panels} | {panel})
+        if self.whole is not None:  # the batch's first picture, for one, is read by all
+            read = list(self.panels)
         rows = [self.panels.index(i) for i in read]
         s = self.settings
         digest = Digest()

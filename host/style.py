@@ -187,6 +187,7 @@ class ReferenceRule(Rule):
     """Replays an inverted picture as the first row of the batch, `offset` steps cleaner at the start."""
 
     node_id = "StoryweftStyleReference"
+    whole_batch = True
 
     def __init__(self, reference: StyleReference, offset: int):
         self.reference = reference

@@ -180,22 +180,17 @@ class AdaptivePromptAlignment(io.ComfyNode):
         for name, value in (given | {"image_at_end": image_at_end}).items():
             if not math.isfinite(value):
                 raise ValueError(f"{node_id}: {name} is {value}; give a finite number.")
-        for name, value in (("start_percent", start_percent), ("end_percent", end_percent)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{node_id}: {name} is {value}; give a number from 0 to 1.")
-        if start_percent > end_percent:
-            raise ValueError(
-                f"{node_id}: start_percent {start_percent} lies after end_percent {end_percent}; swap them."
-            )
+        sigma_range = step_range(model, node_id, start_percent, end_percent)
         text, picture = (
             {path: alpha * factors.get(f"{name}_{path}", 1.0) for path in PATHS}
             for name, alpha in (("text", alpha_text), ("image", alpha_image))
         )
         alphas = layer_alphas(model, image_adapter, text, picture)
         tokens, blank = adapters.encode(image_adapter, clip_vision, image, guidance, node_id)
-        sigmas = step_range(model.get_model_object("model_sampling"), start_percent, end_percent)
+        if region is not None:
+            region = region.reshape(-1, *region.shape[-2:])
         rule = AdaptivePromptRule(
-            image_adapter, tokens, blank, alphas, (text_at_end, image_at_end), sigmas, guidance, region
+            image_adapter, tokens, blank, alphas, (text_at_end, image_at_end), sigma_range, guidance, region
         )
         return io.NodeOutput(override.register(model, rule))
 

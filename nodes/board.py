@@ -9,7 +9,7 @@ from ..host import families, override
 from ..host import frame_story as rules
 from ..host.board import Board, encode_board, encode_frames
 from ..host.frame_story import KNOWN, PATHS, FrameStoryRule
-from ..host.rule import step_range
+from ..host.rule import fraction, step_range
 from ..story.board import MAX_FRAMES, ORDERS, BoardShape, captions_of, frames_of, task_of
 from ..story.script import Story
 
@@ -305,17 +305,13 @@ class FrameStoryCrossAttention(io.ComfyNode):
     def execute(
         cls, model, conditioning, blend, known_frames, summary=None, layers="all", start_percent=0.0, end_percent=1.0
     ) -> io.NodeOutput:
-        for name, value in (("blend", blend), ("start_percent", start_percent), ("end_percent", end_percent)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{BLOCK}: {name} is {value}; give a number from 0 to 1.")
-        if start_percent >= end_percent:
-            raise ValueError(f"{BLOCK}: start_percent {start_percent} lies after end_percent {end_percent}, so it never acts.")
+        fraction(BLOCK, "blend", blend)
+        sigma_range = step_range(model, BLOCK, start_percent, end_percent)
         family = families.find(model, BLOCK)
         if not conditioning:
             raise ValueError(f"{BLOCK}: conditioning is empty; connect the conditioning of StoryweftBoard.")
         prepared = rules.prepare(family, conditioning, summary, BLOCK)
         rules.check_family(family, model, prepared, blend, BLOCK)
-        sigma_range = step_range(model.get_model_object("model_sampling"), start_percent, end_percent)
         rule = FrameStoryRule(family, blend, layers, sigma_range, known_frames == "clean")
         return io.NodeOutput(override.register(model, rule), prepared)
 

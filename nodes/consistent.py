@@ -1,6 +1,5 @@
 """Consistent Self-Attention and the characters it remembers (StoryDiffusion, arXiv 2405.01434)."""
 
-import math
 import os
 
 import folder_paths
@@ -9,17 +8,11 @@ from comfy_api.latest import io
 from ..attention.consistent import ConsistentOptions
 from ..host import bank, families, override
 from ..host.consistent import PATHS, ConsistentRule
+from ..host.rule import fraction, step_range
 
 Character = io.Custom("STORYWEFT_CHARACTER")
 CATEGORY = "Storyweft/Story"
 FOLDER = "storyweft_characters"
-
-
-def fraction(node_id: str, name: str, value: float) -> float:
-    """`value` if it is a number from 0 to 1 (NaN passes the host's own check); ValueError otherwise."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{node_id}: {name} is {value}; give a number from 0 to 1.")
-    return value
 
 
 class ConsistentSelfAttention(io.ComfyNode):
@@ -148,21 +141,13 @@ class ConsistentSelfAttention(io.ComfyNode):
             ("sampling_ratio", sampling_ratio),
             ("share_early", share_early),
             ("share_late", share_late),
-            ("start_percent", start_percent),
-            ("end_percent", end_percent),
         ):
             fraction(node_id, name, value)
-        if start_percent > end_percent:
-            raise ValueError(
-                f"{node_id}: start_percent {start_percent} lies after end_percent {end_percent}; swap them."
-            )
+        sigma_range = step_range(model, node_id, start_percent, end_percent)
         if window == 1:
             raise ValueError(f"{node_id}: window is 1, so no picture would see another; give 0 or at least 2.")
-        sampling = model.get_model_object("model_sampling")
-        high = math.inf if start_percent == 0 else float(sampling.percent_to_sigma(start_percent))
-        low = 0.0 if end_percent == 1 else float(sampling.percent_to_sigma(end_percent))
         options = ConsistentOptions(sampling_ratio, share_early, share_late, late_from, first_step, window, draw_seed)
-        rule, family = ConsistentRule(options, layers, (high, low)), families.find(model, node_id)
+        rule, family = ConsistentRule(options, layers, sigma_range), families.find(model, node_id)
         if not any(map(rule.covers, family.layers)):
             raise ValueError(f"{node_id}: layers is '{layers}', and this {family.model_class} has no self-attention there.")
         return io.NodeOutput(override.register(model, rule))

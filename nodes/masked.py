@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..attention.labels import BoxRegions
 from ..host import override
 from ..host.masked import LAYERS, MaskedOptions, MaskedRule
+from ..host.rule import fraction
 from ..host.words import KEY, find_words
 
 Boxes = io.Custom("STORYWEFT_BOXES")
@@ -125,8 +126,7 @@ class MaskedAttention(io.ComfyNode):
         sampling="by area",
     ) -> io.NodeOutput:
         node_id = MaskedRule.node_id
-        if not 0 <= masked_part <= 1:
-            raise ValueError(f"{node_id}: masked_part is {masked_part}; give a number from 0 to 1.")
+        fraction(node_id, "masked_part", masked_part)
         if masked_steps < 0:
             raise ValueError(f"{node_id}: masked_steps is {masked_steps}; give 0 or more.")
         if clip is not None and not prompt.strip():

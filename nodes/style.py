@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..attention.style import StyleOptions
 from ..host import override
 from ..host.inversion import invert_picture
-from ..host.rule import step_range
+from ..host.rule import fraction, step_range
 from ..host.story_sampling import rows_of
 from ..host.style import ReferenceRule, StyleRule, check_family
 
@@ -142,17 +142,8 @@ class StyleAligned(io.ComfyNode):
         end_percent=1.0,
     ) -> io.NodeOutput:
         node_id = StyleRule.node_id
-        for name, value in (
-            ("only_self_level", only_self_level),
-            ("start_percent", start_percent),
-            ("end_percent", end_percent),
-        ):
-            if not 0 <= value <= 1:  # NaN passes the host's own check
-                raise ValueError(f"{node_id}: {name} is {value}; give a number from 0 to 1.")
-        if start_percent > end_percent:
-            raise ValueError(
-                f"{node_id}: start_percent {start_percent} lies after end_percent {end_percent}; swap them."
-            )
+        fraction(node_id, "only_self_level", only_self_level)
+        sigma_range = step_range(model, node_id, start_percent, end_percent)
         if not (math.isfinite(shared_score_scale) and shared_score_scale >= 0):
             raise ValueError(f"{node_id}: shared_score_scale is {shared_score_scale}; give a number from 0 up.")
         if not math.isfinite(shared_score_shift):
@@ -169,8 +160,7 @@ class StyleAligned(io.ComfyNode):
             share_group_norm,
             only_self_level,
         )
-        sigmas = step_range(model.get_model_object("model_sampling"), start_percent, end_percent)
-        return io.NodeOutput(override.register(model, StyleRule(options, sigmas, control_first_picture)))
+        return io.NodeOutput(override.register(model, StyleRule(options, sigma_range, control_first_picture)))
 
 
 def uncontrolled(conditioning: list) -> list:

@@ -60,8 +60,9 @@ MAKE = {"style": style, "consistent": consistent, "board": board, "masked": mask
 
 
 def words(length, captions=1):
-    """The second and third token of every caption name the object."""
-    return Words((NOBODY, 1, 1, *[0] * (length - 3)) * captions, (0, 1), captions == 1)
+    """Two neighbouring tokens of every caption name the object, one place later in each."""
+    labels = [(NOBODY, *[0] * n, 1, 1, *[0] * (length - 3 - n)) for n in range(captions)]
+    return Words(sum(labels, ()), (0, 1), captions == 1)
 
 
 def inputs(patcher, name, rows, frames=0, size=tiny.SIZE, seed=1):

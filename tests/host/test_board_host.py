@@ -284,10 +284,11 @@ def test_the_story_branch_reads_all_captions_or_the_summary(family):
     assert apart(drawn(model, family, conditioning, 0.0, told), outs[0.0]) < 5e-5
 
 
-def test_outside_its_layers_and_steps_the_whole_story_is_read(sd15):
+def test_outside_its_layers_and_steps_the_whole_story_is_read(sd15, caplog):
     conditioning = captioned("sd15")
     story, frame = (drawn(sd15, "sd15", conditioning, blend, steps=4) for blend in (1.0, 0.0))
     never = drawn(sd15, "sd15", conditioning, steps=4, rule={"sigma_range": (1e9, 1e8)})
+    assert "every frame read the whole story: no step of this run lies in its range" in caplog.text
     assert torch.equal(never, story)
     part = drawn(sd15, "sd15", conditioning, steps=4, rule={"layers": "output path"})
     assert apart(part, story) > 1e-5 and apart(part, frame) > 1e-5

@@ -227,3 +227,14 @@ def test_the_reference_picture_stays_whole_beside_known_frames(sd15):
     for sigma, first in seen:
         state = trajectory[replay_index(min(range(STEPS), key=lambda n: abs(sigmas[n] - sigma)), 0)]
         torch.testing.assert_close(first, state * math.hypot(sigma, 1.0))
+
+
+@pytest.mark.parametrize("name", BLOCKS["sd3"])
+def test_second_attention_of_sd35_holds_no_words(name, monkeypatch):
+    """Layers over the picture alone stand beside joint ones; every block knows both."""
+    family = tiny.FAMILIES["sd3"]
+    settings = family.settings | {"x_block_self_attn_layers": [0]}
+    monkeypatch.setitem(tiny.FAMILIES, "sd3", family._replace(settings=settings))
+    model = tiny.build("sd3")
+    given = inputs(model, "sd3", ROWS, 2 * (name == "board"))
+    assert apart(drawn(model, given, MAKE[name](model)), drawn(model, given)) > 1e-4

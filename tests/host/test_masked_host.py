@@ -10,11 +10,12 @@ import tiny
 import torch
 from storyweft.attention.consistent import ConsistentOptions
 from storyweft.attention.labels import BoxRegions
-from storyweft.attention.masked import ANY, NOBODY
+from storyweft.attention.masked import ANY, NOBODY, partition
 from storyweft.host import masked, override
 from storyweft.host.consistent import ConsistentRule
 from storyweft.host.layout import Layer
 from storyweft.host.masked import MaskedOptions, MaskedRule
+from storyweft.host.plan import Divisions
 from storyweft.host.transformer import FORMS, TransformerFamily
 from storyweft.host.words import KEY, Words
 
@@ -468,3 +469,13 @@ def test_the_prompt_of_hunyuan_video_lies_between_other_text_and_references():
     assert family._text(Call, layer, slice(20, 44), 44, 44) == slice(0, 9)  # then 7 of another encoder, 4 of a reference
     family.prompt_last = True  # HunyuanVideo 1.5 puts pictures and glyphs first
     assert family._text(Call, layer, slice(20, 44), 44, 44) == slice(7, 16)
+
+
+def test_a_reference_in_one_prompt_alone_has_index_lists_of_its_own(monkeypatch):
+    """As with Flux Kontext: the positive's sequence is longer than the negative's, all else alike."""
+    model, (positive, negative, start) = on(tiny.build("flux"), "flux", cross=False), inputs("flux", marks=False)
+    latent = torch.randn(1, 16, *tiny.SIZE, generator=torch.Generator().manual_seed(4))
+    positive[0][1]["reference_latents"] = [latent]
+    out = tiny.sample(model, positive, negative, start)
+    monkeypatch.setattr(Divisions, "__call__", lambda self, *given: partition(*given))
+    assert torch.equal(tiny.sample(model, positive, negative, start), out)

@@ -8,10 +8,12 @@ import pytest
 import tiny
 import torch
 from storyweft.attention.consistent import ConsistentOptions
+from storyweft.attention.style import StyleOptions
 from storyweft.host import bank, override
 from storyweft.host.consistent import ConsistentRule
 from storyweft.host.panel_store import PanelStore
 from storyweft.host.story_sampling import Settings, StorySampler, plan
+from storyweft.host.style import StyleRule
 from storyweft.story.script import parse_script
 
 STORY = parse_script(
@@ -430,3 +432,19 @@ def test_another_checkpoint_reads_layer_inputs_but_not_keys_and_values(patcher, 
     keyed = replace(character, tensors={key: tensor.expand(2, 1, *tensor.shape) for key, tensor in character.tensors.items()})
     with pytest.raises(ValueError, match="holds keys and values of another UNetModel checkpoint"):
         bank.check_model(keyed, flux, "StoryweftRecallCharacter")
+
+
+def test_under_style_every_panel_depends_on_all_others(patcher, store):
+    """A picture drawn beside another first panel is not taken for one drawn beside this one."""
+    styled = override.register(patcher, StyleRule(StyleOptions()))
+    first = sampler(styled, memory="together", store=store).draw()[0]
+    other = sampler(styled, memory="together", store=store, panel_seeds=((0, 99),)).draw()[0]
+    again = sampler(styled, memory="together", store=store).draw()[0]
+    assert apart(other, first) > 1e-3 and torch.equal(again, first)
+
+
+def test_characters_that_a_whole_batch_cannot_keep_are_refused(patcher):
+    drawing = sampler(override.register(patcher, StyleRule(StyleOptions())), memory="auto")
+    drawing.wanted = True
+    with pytest.raises(ValueError, match="output character is connected and StoryweftStyleAligned needs all panels"):
+        drawing.draw()

@@ -3,6 +3,7 @@
 import logging
 import math
 
+import blocks
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_management
@@ -14,6 +15,8 @@ import pytest
 import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
+from storyweft.host import override
+from storyweft.host.style import ReferenceRule, StyleReference
 from storyweft.nodes.consistent import ConsistentSelfAttention
 from storyweft.nodes.sampler import StorySamplerNode
 from storyweft.nodes.style import StyleAligned, StyleReferencePicture
@@ -282,3 +285,15 @@ def test_a_story_with_style_is_drawn_as_one_batch(sd15):
     assert torch.equal(latent["samples"], story(styled, "together")[0]["samples"])
     with pytest.raises(ValueError, match="memory is bank, which draws a story in parts, and StoryweftStyleAligned needs"):
         story(styled, "bank")
+
+
+def test_rules_that_count_the_rows_of_a_story_are_not_drawn_in_parts(sd15):
+    """In parts the reference picture would take the first row of each, and boxes and pictures of other panels too."""
+    shape = (4, *tiny.SIZE)
+    reference = StyleReference(torch.zeros(4, *shape), (3.0, 2.0, 1.0, 0.0), 1.0, torch.zeros(1, *shape))
+    model = ConsistentSelfAttention.execute(sd15, 0.5, 0, "output path").args[0]
+    subject = blocks.subject(sd15, mask=torch.ones(3, *tiny.SIZE))
+    for rule in (ReferenceRule(reference, 0), blocks.masked(sd15, frames=3, cross=False), subject):
+        with pytest.raises(ValueError, match=f"{rule.node_id} needs all panels in one batch"):
+            story(override.register(model, rule), "bank")
+    assert not blocks.masked(sd15, frames=1).whole_batch and not blocks.subject(sd15).whole_batch
