@@ -6,7 +6,6 @@ output/style_effects. Writes docs/style_aligned.md and docs/style_aligned_sheet.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -19,7 +18,7 @@ from PIL import Image
 
 from . import effects, pack
 
-from storyweft.host.demo import CHECKSUMS, WEIGHTS, load_demo  # isort: skip
+from storyweft.host.demo import load_demo  # isort: skip
 from storyweft.metrics.facts import pair_agreement, read  # isort: skip
 from storyweft.nodes.style import StyleAligned, StyleReferencePicture  # isort: skip
 from storyweft.training.storybook import KINDS, PLACES, TIMES, sample  # isort: skip
@@ -145,12 +144,6 @@ def moments(reader, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([channels.mean(2), channels.std(2)], 1)
 
 
-def stamp(args) -> str:
-    """Names everything a result depends on besides set and setting."""
-    sums = (WEIGHTS / CHECKSUMS).read_text()
-    return hashlib.sha256(f"{sums} {args.steps} {args.cfg}".encode()).hexdigest()[:12]
-
-
 def run(args, folder: Path) -> dict[str, list[dict[str, float]]]:
     """Results per setting, one per set; unfinished ones are sampled now."""
     studio, log = Studio(args.steps, args.cfg), folder / "results.jsonl"
@@ -244,7 +237,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder = pack.ROOT / "output" / "style_effects" / stamp(args)
+    folder = pack.ROOT / "output" / "style_effects" / effects.stamp(args)
     folder.mkdir(parents=True, exist_ok=True)
     results = run(args, folder)
     lines = report(args, results)

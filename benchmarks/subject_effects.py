@@ -17,6 +17,7 @@ from training.storybook import COLOURS, HATS, KINDS, PLACES, TIMES
 from training.subjects import page
 
 from . import pack
+from .effects import interval
 
 import nodes  # isort: skip
 from storyweft.attention.apa import image_branch  # isort: skip
@@ -92,14 +93,6 @@ class Studio:
         return found
 
 
-def share(values: list[bool]) -> str:
-    """Mean and 95 % bootstrap interval over subjects."""
-    values = np.array(values, float)
-    means = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return f"{values.mean():.2f} ({low:.2f}-{high:.2f})"
-
-
 def run(args) -> dict[str, dict[str, list[bool]]]:
     """Results per setting; settings of an interrupted run are read from output/."""
     folder = pack.ROOT / "output" / "subject"
@@ -170,7 +163,7 @@ def report(args, found, ratios) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, facts in found.items():
-        cells = [share(facts[key]) for key in ("identity", "colour", "hat", "text", "kind", "place", "time")]
+        cells = [interval(facts[key]) for key in ("identity", "colour", "hat", "text", "kind", "place", "time")]
         lines.append(f"| {' | '.join(name.split(' '))} | {' | '.join(cells)} |")
     colour, text = ({name: float(np.mean(facts[key])) for name, facts in found.items()} for key in ("colour", "text"))
     first, full, strong = (f"1.0 {image} IP-Adapter" for image in (IMAGE[0], 1.0, IMAGE[-1]))
