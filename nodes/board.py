@@ -353,9 +353,17 @@ class BoardFrames(io.ComfyNode):
         images = vae.decode(frames)
         if images.ndim == 5:
             images = images.flatten(0, 1)
-        if len(images) == len(frames):
-            for frame in set(board.known) & set(board.pictures):
-                images[frame :: board.shape.frames] = board.pictures[frame].to(images)
+        given = set(board.known) & set(board.pictures)
+        if given and len(images) != len(frames):
+            logging.warning(
+                "%s: the VAE makes %d pictures of %d frames, so the given pictures of known frames are not put back.",
+                FRAMES,
+                len(images),
+                len(frames),
+            )
+            given = set()
+        for frame in given:
+            images[frame :: board.shape.frames] = board.pictures[frame].to(images)
         return io.NodeOutput(images, {"samples": frames})
 
 
