@@ -1,4 +1,4 @@
-"""Writes workflows/*.json and workflows/api/*.json: the sources of workflow_sources.py, through the real page.
+"""Writes workflows/*.json and workflows/api/*.json: the sources of workflow_sources, through the real page.
 
 The page builds the graph from the API form, this script places the nodes and adds the note, and the page gives both
 forms back, so that they are what a user's own "Save" and "Export (API)" would write. Names as arguments: only those.
@@ -32,7 +32,8 @@ BUILD = """async ([api, text, name, HEIGHT]) => {
         if (node !== note) {
             const size = node.computeSize(), long = node.widgets?.some(widget => widget.options?.multiline);
             node.setSize([Math.max(size[0], long ? 420 : 270),
-                          Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 : /SaveImage|SaveAnimated|Preview/.test(node.type) ? 320 : 0)]);
+                          Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 :
+                                    /SaveImage|SaveAnimated|Preview/.test(node.type) ? 320 : 0)]);
         }
         const room = node.size[1] + (/Sampler/.test(node.type) ? 260 : /BoxTrack/.test(node.type) ? 120 : 0);  // both grow when run
         if (y > 60 && y + room > HEIGHT) { x += wide + 70; y = 60; wide = 0; }
