@@ -3,8 +3,8 @@
 `torchrun --nproc-per-node 2 -m training.video` after unet. The picture model's weights stay what they are; the file
 holds temporal layers alone. They start as no change at all. Loss weighted by min-SNR 2 (arXiv 2303.09556) of a clip:
 frames that show one thing have its signal-to-noise ratio as often as there are frames, and where a character is and
-goes is settled where noise is strong. Writes the model and a resumable state every five minutes, a sheet of samples
-every fifteen.
+goes is settled where noise is strong. `--continued FILE` goes on from a finished file. Writes the model and a resumable
+state every five minutes, a sheet of samples every fifteen.
 """
 
 import argparse
@@ -157,6 +157,9 @@ class Trainer:
         torch.manual_seed(args.seed)
         pictures = load_file(f"{args.folder}/unet.safetensors")
         self.model = new_video({key: value.float() for key, value in pictures.items()})
+        if args.continued:
+            finished = {key: value.float() for key, value in load_file(args.continued).items()}
+            self.model.load_state_dict(finished, strict=False)
         self.average = copy.deepcopy(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.averaged = [p for p in self.average.parameters() if p.requires_grad]
@@ -196,6 +199,7 @@ class Trainer:
             "minutes": f"{self.seconds / 60:.1f}",
             "loss": f"{loss:.4f}",
             "seed": str(self.args.seed),
+            "continued": self.args.continued or "",
         }
         path = f"{self.args.folder}/video.safetensors"
         tensors = {key: value.half().contiguous() for key, value in temporal_state(self.average).items()}
@@ -278,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default="output/training", help="where unet, autoencoder and clip are; model goes")
     parser.add_argument("--minutes", type=float, default=60, help="training time in all, resumed runs counted")
+    parser.add_argument("--continued", help="finished file to go on from; minutes and clips count from there")
     parser.add_argument("--clips", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=4, help="clips a step")
     parser.add_argument("--rate", type=float, default=2.5e-3)
