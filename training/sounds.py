@@ -209,7 +209,7 @@ def way(rng: np.random.Generator, motion: str, frames: int = FRAMES) -> tuple[np
     """
     lasts = rng.uniform(0.45, 0.7)
     begins = rng.uniform(0, 1 - lasts)
-    part = ((np.arange(frames) + 0.5) / frames - begins) / lasts
+    part = (np.linspace(0, 1, frames) - begins) / lasts
     inside = (part > 0) & (part < 1)
     activity = np.where(inside, np.sin(np.pi * part.clip(0, 1)) ** 0.5, 0)
     done = part.clip(0, 1)
