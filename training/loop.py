@@ -276,7 +276,7 @@ class Loop:
             self.note(loss)
             bar.update()
             if self.points:
-                bar.set_postfix(loss=f"{self.points[-1][1]:.4f}", examples=self.seen, minutes=f"{self.seconds / 60:.1f}")
+                bar.set_postfix(loss=f"{self.points[-1][1]:.4f}", examples=self.seen, minutes=f"{self.seconds / 60:.1f}", refresh=False)
             if first and time.time() - saved > 60 * self.args.save_minutes:
                 self.save()
                 saved = time.time()
