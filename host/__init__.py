@@ -9,5 +9,7 @@ consistent.py, bank.py      Consistent Self-Attention as a rule; the characters 
 story_sampling.py, panel_store.py, digest.py    a story drawn panel by panel; finished panels on disk, by content
 prompts.py      one conditioning row per panel
 sheet.py, fonts.py, wrapping.py     pictures and captions on one sheet
+motion.py, frame_rows.py    predicted embeddings of frames and four ways into a video model
+trained_board.py, magdiff.py    trained parts of StoryImager and MagDiff as rules
 demo.py         the demo models in the host's classes
 """

@@ -14,9 +14,11 @@ ORDER = (
     "StoryweftConsistentSelfAttention",
     "StoryweftBoard",
     "StoryweftFrameStoryCrossAttention",
+    "StoryweftTrainedBoard",
     "StoryweftMaskedAttention",
     "StoryweftSemanticMotionPredictor",  # its rows join the prompt's, which alpha_text then weighs with them
     "StoryweftAdaptivePromptAlignment",
+    "StoryweftHighFidelityAlignment",  # plans nothing: it adds to the first convolution
     "StoryweftStyleReference",  # plans nothing; its picture goes into the first row after all others had the latents
 )
 

@@ -2,9 +2,23 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apa, board, boxes, consistent, demo, masked, motion, sampler, story, storyboard, style
+from . import (
+    apa,
+    board,
+    boxes,
+    consistent,
+    demo,
+    magdiff,
+    masked,
+    motion,
+    sampler,
+    story,
+    storyboard,
+    style,
+    trained_board,
+)
 
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, motion, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, style, boxes, masked, board, trained_board, apa, magdiff, motion, sampler, storyboard)
 
 
 class StoryweftExtension(ComfyExtension):

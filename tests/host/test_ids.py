@@ -45,6 +45,10 @@ def test_ids_that_were_released_stay():
         "StoryweftSemanticMotionPredictor",
         "StoryweftLoadMotionPredictor",
         "StoryweftKeyframeLatent",
+        "StoryweftTrainedBoard",
+        "StoryweftLoadTrainedBoard",
+        "StoryweftLoadMagDiff",
+        "StoryweftHighFidelityAlignment",
     }
 
 
