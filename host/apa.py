@@ -24,20 +24,22 @@ NODE_ID = "StoryweftAdaptivePromptAlignment"
 WITH_PICTURE = {"positive": True, "middle": True, "negative": False, "empty_negative_prompt": False}
 
 
-def layer_alphas(model, adapter: LoadedAdapter, text: dict[str, float], image: dict[str, float]):
+def layer_alphas(
+    model, adapter: LoadedAdapter, text: dict[str, float], image: dict[str, float], node_id: str = NODE_ID
+):
     """(alpha_text, alpha_image) of every cross-attention layer: a number for each path, times learned ones if there are.
 
     Raises ValueError for models without cross-attention of a U-Net and adapters of another family.
     """
-    family = families.find(model, NODE_ID)
+    family = families.find(model, node_id)
     if not isinstance(family, UNetFamily):
         raise ValueError(
-            f"{NODE_ID}: {family.model_class} is no U-Net: there are no image adapters for its attention. Use SD1.5, SDXL or "
+            f"{node_id}: {family.model_class} is no U-Net: there are no image adapters for its attention. Use SD1.5, SDXL or "
             "a relative, or the model's own picture input."
         )
     if not family.cross_layers:
-        raise ValueError(f"{NODE_ID}: {family.model_class} has no cross-attention that it could act on.")
-    check_family(adapter, family, NODE_ID)
+        raise ValueError(f"{node_id}: {family.model_class} has no cross-attention that it could act on.")
+    check_family(adapter, family, node_id)
     layers = in_file_order(family.cross_layers)
     learned = adapter.alphas or ((1.0, 1.0),) * len(layers)
     return {

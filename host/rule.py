@@ -15,6 +15,7 @@ ORDER = (
     "StoryweftBoard",
     "StoryweftFrameStoryCrossAttention",
     "StoryweftMaskedAttention",
+    "StoryweftSemanticMotionPredictor",  # its rows join the prompt's, which alpha_text then weighs with them
     "StoryweftAdaptivePromptAlignment",
     "StoryweftStyleReference",  # plans nothing; its picture goes into the first row after all others had the latents
 )

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apa, board, boxes, consistent, demo, masked, sampler, story, storyboard, style
+from . import apa, board, boxes, consistent, demo, masked, motion, sampler, story, storyboard, style
 
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, motion, sampler, storyboard)
 
 
 class StoryweftExtension(ComfyExtension):

@@ -42,6 +42,9 @@ def test_ids_that_were_released_stay():
         "StoryweftLoadImageAdapter",
         "StoryweftSubject",
         "StoryweftDemoSubject",
+        "StoryweftSemanticMotionPredictor",
+        "StoryweftLoadMotionPredictor",
+        "StoryweftKeyframeLatent",
     }
 
 
