@@ -16,6 +16,8 @@ ORDER = (
     "StoryweftFrameStoryCrossAttention",
     "StoryweftMaskedAttention",
     "StoryweftAdaptivePromptAlignment",
+    "StoryweftReferenceAttention",  # this and the next add to what the text attention gives, all others' part in it included
+    "StoryweftStoryGenGuider",
     "StoryweftStyleReference",  # plans nothing; its picture goes into the first row after all others had the latents
 )
 
