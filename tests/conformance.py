@@ -15,6 +15,7 @@ import conformance_masked  # noqa: E402
 import conformance_mm_diffusion  # noqa: E402
 import conformance_mm_samplers  # noqa: E402
 import conformance_motion  # noqa: E402
+import conformance_story_gen  # noqa: E402
 import conformance_story_imager  # noqa: E402
 import conformance_style  # noqa: E402
 
@@ -25,6 +26,7 @@ RUNNERS = {
     **conformance_mm_diffusion.RUNNERS,
     **conformance_mm_samplers.RUNNERS,
     **conformance_motion.RUNNERS,
+    **conformance_story_gen.RUNNERS,
     **conformance_story_imager.RUNNERS,
     **conformance_style.RUNNERS,
 }
