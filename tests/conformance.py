@@ -12,6 +12,7 @@ import loading  # noqa: E402, F401  isort: skip  (loads the pack and ComfyUI, wh
 import conformance_consistent  # noqa: E402
 import conformance_magdiff  # noqa: E402
 import conformance_masked  # noqa: E402
+import conformance_sound  # noqa: E402
 import conformance_story_imager  # noqa: E402
 import conformance_style  # noqa: E402
 
@@ -19,6 +20,7 @@ RUNNERS = {
     **conformance_consistent.RUNNERS,
     **conformance_magdiff.RUNNERS,
     **conformance_masked.RUNNERS,
+    **conformance_sound.RUNNERS,
     **conformance_story_imager.RUNNERS,
     **conformance_style.RUNNERS,
 }
