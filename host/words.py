@@ -80,6 +80,16 @@ def _labelled(clip, prompt: str, phrases: Sequence[str], length: int, node_id: s
     for part, ids in _sequences(clip, prompt, length, node_id):
         parts.append(part)
         labels += label_words(ids, [_spellings(part, phrase) for phrase in phrases], part.pad_to_max_length)
+    chunked = []
+    found = sequences(clip, clip.tokenize(prompt), length)
+    if not found:
+        raise ValueError(
+            f"{node_id}: the text encoder makes {length} tokens of prompt '{prompt}' and it is unknown which words they are; "
+            "switch cross off."
+        )
+    for part, ids in found:
+        chunked.append(part.pad_to_max_length)
+        labels += label_words(ids, [_spellings(part, phrase) for phrase in unique], part.pad_to_max_length)
         if part.pad_to_max_length and part.start_token is not None:
             starts = len(labels) - len(ids)
             labels[starts :: part.max_length] = [NOBODY] * len(labels[starts :: part.max_length])
@@ -127,9 +137,8 @@ def _spellings(part, phrase: str) -> list[list[int]]:
     return [ids for ids in found if ids]
 
 
-def _sequences(clip, prompt: str, length: int, node_id: str) -> list[tuple]:
-    """(tokenizer, ids) of the token sequences that follow each other in the encoded prompt."""
-    tokens = clip.tokenize(prompt)
+def sequences(clip, tokens: dict, length: int) -> list[tuple]:
+    """(tokenizer, ids) of the token sequences that follow each other in a prompt encoded to `length`; [] if unknown."""
     found = []
     for key, part in tokenizers(clip, tokens).items():
         if part is not None:
@@ -147,7 +156,4 @@ def _sequences(clip, prompt: str, length: int, node_id: str) -> list[tuple]:
             return [chunks[0], one]  # SD3
     if len(runs) == 1 and len(runs[0][1]) > length:
         return runs  # language models leave out the template in front of the prompt
-    raise ValueError(
-        f"{node_id}: the text encoder makes {length} tokens of prompt '{prompt}' and it is unknown which words they are; "
-        "switch cross off."
-    )
+    return []

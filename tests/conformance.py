@@ -16,6 +16,7 @@ import conformance_mm_diffusion  # noqa: E402
 import conformance_mm_samplers  # noqa: E402
 import conformance_motion  # noqa: E402
 import conformance_story_gen  # noqa: E402
+import conformance_sound  # noqa: E402
 import conformance_story_imager  # noqa: E402
 import conformance_style  # noqa: E402
 
@@ -27,6 +28,7 @@ RUNNERS = {
     **conformance_mm_samplers.RUNNERS,
     **conformance_motion.RUNNERS,
     **conformance_story_gen.RUNNERS,
+    **conformance_sound.RUNNERS,
     **conformance_story_imager.RUNNERS,
     **conformance_style.RUNNERS,
 }
