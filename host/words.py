@@ -77,10 +77,6 @@ def _labelled(clip, prompt: str, phrases: Sequence[str], length: int, node_id: s
     """Labels of a prompt's tokens, and the tokenizers that made them."""
     labels: list[int] = []
     parts = []
-    for part, ids in _sequences(clip, prompt, length, node_id):
-        parts.append(part)
-        labels += label_words(ids, [_spellings(part, phrase) for phrase in phrases], part.pad_to_max_length)
-    chunked = []
     found = sequences(clip, clip.tokenize(prompt), length)
     if not found:
         raise ValueError(
@@ -88,8 +84,8 @@ def _labelled(clip, prompt: str, phrases: Sequence[str], length: int, node_id: s
             "switch cross off."
         )
     for part, ids in found:
-        chunked.append(part.pad_to_max_length)
-        labels += label_words(ids, [_spellings(part, phrase) for phrase in unique], part.pad_to_max_length)
+        parts.append(part)
+        labels += label_words(ids, [_spellings(part, phrase) for phrase in phrases], part.pad_to_max_length)
         if part.pad_to_max_length and part.start_token is not None:
             starts = len(labels) - len(ids)
             labels[starts :: part.max_length] = [NOBODY] * len(labels[starts :: part.max_length])

@@ -15,8 +15,8 @@ import conformance_masked  # noqa: E402
 import conformance_mm_diffusion  # noqa: E402
 import conformance_mm_samplers  # noqa: E402
 import conformance_motion  # noqa: E402
-import conformance_story_gen  # noqa: E402
 import conformance_sound  # noqa: E402
+import conformance_story_gen  # noqa: E402
 import conformance_story_imager  # noqa: E402
 import conformance_style  # noqa: E402
 
