@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ..attention.core import attend
-from .joint_unet import GROUPS, sinusoid
+from .joint_layers import GROUPS
+from .joint_unet import sinusoid
 
 
 def normed(layer: nn.Module, x: Tensor) -> Tensor:
