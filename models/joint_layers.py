@@ -8,6 +8,10 @@ from ..attention.core import attend, merge_heads, split_heads
 GROUPS = 32
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Reshaped(nn.Module):
     """Layers whose published weight has another shape than the faster layer used here: {layer: kernel shape}."""
 
@@ -23,14 +27,14 @@ class Reshaped(nn.Module):
 
 
 class Norm(nn.Module):
-    """Group norm with 32 groups in float32, whatever the features' type."""
+    """Group norm with 32 groups in float32 or better, whatever the features' type."""
 
     def __init__(self, channels: int, operations, device):
         super().__init__()
         self.GroupNorm = operations.GroupNorm(GROUPS, channels, eps=1e-5, device=device, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.GroupNorm(x.float()).to(x.dtype)
+        return self.GroupNorm(at_least_single(x).contiguous()).to(x.dtype)  # other layouts take a CPU far longer
 
 
 class VideoConv(Reshaped):

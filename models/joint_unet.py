@@ -281,7 +281,8 @@ class JointUNet(nn.Module):
         """
         self.check(video, audio)
         shifts = shifts if callable(shifts) else listed_shifts(shifts)
-        emb = self.time_embed(sinusoid(t, self.model_channels))
+        emb = sinusoid(t, self.model_channels)
+        emb = self.time_embed(emb.to(torch.promote_types(video.dtype, emb.dtype)))
         entry = self.input_blocks[0][0]
         h = entry.video_conv(video), entry.audio_conv(audio)
         kept = [h]
