@@ -5,6 +5,24 @@ from comfy_api.latest import ComfyExtension, io
 from . import apa, board, boxes, consistent, demo, masked, motion, sampler, story, storyboard, style
 
 NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, motion, sampler, storyboard)
+from . import (
+    apa,
+    board,
+    boxes,
+    consistent,
+    demo,
+    joint_av,
+    joint_av_media,
+    joint_av_parts,
+    masked,
+    sampler,
+    story,
+    storyboard,
+    style,
+)
+
+NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard, joint_av, joint_av_media,
+              joint_av_parts)
 
 
 class StoryweftExtension(ComfyExtension):

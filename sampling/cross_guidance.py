@@ -1,7 +1,7 @@
-"""Zero-shot conditioning of a joint model (MM-Diffusion, section 3.4): one half of the pair is known, the other is drawn.
+"""Zero-shot conditioning of a joint model (MM-Diffusion, section 3.4): part of the clip is known, the rest is drawn.
 
-The known half is put in with one noise for the whole run. Replacement takes the ordinary step of the other half;
-gradient guidance also moves it to where the model's own step of the known half would agree with what is known.
+What is known is put in with one noise for the whole run. Replacement takes the ordinary step of the rest; gradient
+guidance also moves the rest to where the model's own step of the known part would agree with what is known.
 """
 
 from collections.abc import Callable
@@ -14,55 +14,50 @@ from .ddpm import ddpm_step, noised
 
 
 class Known(NamedTuple):
-    """The half that is given: clean, and its noise of this run; both [B, ...]."""
+    """A clip of which a part is given: its values, its noise of this run, and 1 where it is to be drawn; all [B, ...]."""
 
     clean: Tensor
     noise: Tensor
+    drawn: Tensor
 
     def at(self, alpha: Tensor) -> Tensor:
+        """The given part at a level (what is to be drawn is not meant)."""
         return noised(self.clean, self.noise, alpha).to(self.clean.dtype)
 
-
-Estimate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (known, wanted) at unit scale -> clean estimates of both
+    def put_into(self, x: Tensor, alpha: Tensor) -> Tensor:
+        return x * self.drawn + self.at(alpha) * (1 - self.drawn)
 
 
 class Guided(NamedTuple):
-    """The wanted half at the next level, the model's own step of the known half, the gradient if one was asked for."""
+    """The state at the next level, of which only the drawn part counts; the gradient, if one was asked for."""
 
-    wanted: Tensor
-    known: Tensor
+    x: Tensor
     gradient: Tensor | None
 
 
 def guided_step(
-    estimate: Estimate,
+    estimate: Callable[[Tensor], Tensor],
     known: Known,
-    wanted: Tensor,
+    x: Tensor,
     alpha: Tensor,
     after: Tensor,
-    noises: tuple[Tensor, Tensor],
+    noise: Tensor,
     strength: float = 0.0,
 ) -> Guided:
-    """One ancestral step of the wanted half [B, ...] between the levels alpha and `after` (1 at the end), 0-d float64.
+    """One ancestral step of x [B, ...] at unit scale from level alpha to `after` (1 at the end), both 0-d float64.
 
-    `noises` are those of this step for the known and the wanted half. With strength g the step is moved by
-    -g sqrt(alpha) d|y' - y_after|^2 / d wanted, where y' is the model's step of the known half and y_after what it ought
-    to be: summed over the elements of a sample, so no sample depends on how many there are. The authors' scale s of a
-    mean over N elements and B samples is g = s / (N B). Strength 0 is replacement; the last step is never moved.
+    `estimate` gives x0 of a state, `noise` is that of this step. With strength g the drawn part is moved by
+    -g sqrt(alpha) d|y - y_after|^2 / d x, where y is the model's step of the known part and y_after what it ought to be:
+    summed over the elements of a clip, so no clip depends on how many there are. The authors' scale s of a mean over N
+    known elements and B clips is g = s / (N B). Strength 0 is replacement; the last step is never moved.
     """
-    given = known.at(alpha)
     if not strength or after == 1:
-        clean = estimate(given, wanted)
-        own, moved = (
-            ddpm_step(x, x0, alpha, after, z) for x, x0, z in zip((given, wanted), clean, noises, strict=True)
-        )
-        return Guided(moved, own, None)
+        x = known.put_into(x, alpha)
+        return Guided(ddpm_step(x, estimate(x), alpha, after, noise), None)
     with torch.inference_mode(False), torch.enable_grad():
-        start, given = wanted.clone().requires_grad_(), given.clone()
-        clean = estimate(given, start)
-        own = ddpm_step(given, clean[0], alpha, after, noises[0].clone())
-        moved = ddpm_step(start, clean[1], alpha, after, noises[1].clone())
-        loss = (own - known.at(after).clone()).square().sum()
+        known, start = Known(*(part.clone() for part in known)), x.clone().requires_grad_()
+        state = known.put_into(start, alpha)
+        moved = ddpm_step(state, estimate(state), alpha, after, noise.clone())
+        loss = ((moved - known.at(after)) * (1 - known.drawn)).square().sum()
         (gradient,) = torch.autograd.grad(loss, start)
-    moved = moved.detach() - strength * alpha.sqrt().to(wanted.dtype) * gradient
-    return Guided(moved, own.detach(), gradient)
+        return Guided(moved.detach() - strength * alpha.sqrt().to(x.dtype) * gradient, gradient)

@@ -226,30 +226,38 @@ def conditional(path: Path, report) -> None:
 def conditional_steps(path: Path, report, data: dict, model, name: str, given: str, made: str) -> None:
     """Every step from the recorded state before it."""
     times = data["timestep_map"].tolist()[::-1]
-    known = Known(data[f"cond.{given}"], data[f"noise.{given}"])
-    wanted = data[f"noise.{made}"]
-    kind, way = name.split(".")[0], name.split(".")[1]
-    scale = float(data[f"class_scale.{kind}.{way}"]) / known.clean.numel() if name.endswith("guided") else 0.0
+    pair = Pair(data["cond.video"], data["cond.audio"])
+
+    def join(values):
+        return pair.join(values["video"], values["audio"])
+
+    clean, noise = ({half: data[f"{kind}.{half}"] for half in ("video", "audio")} for kind in ("cond", "noise"))
+    ones = {half: torch.full_like(clean[half], half == made) for half in clean}
+    known = Known(join(clean), join(noise), join(ones))
+    kind, way = name.split(".")[:2]
+    scale = float(data[f"class_scale.{kind}.{way}"]) / clean[given].numel() if name.endswith("guided") else 0.0
     tolerance = 1e-4 if kind == "toy" else 2e-3
+    wanted = noise[made]
     for number, t in enumerate(times):
         alpha, after = ALPHAS[t], ALPHAS[times[number + 1]] if number + 1 < len(times) else ALPHAS.new_tensor(1.0)
 
-        def estimate(known_now, wanted_now, t=t, alpha=alpha):
-            pair = {given: known_now, made: wanted_now}
-            noises = dict(zip(("video", "audio"), model(pair["video"], pair["audio"], t), strict=True))
-            return tuple(clean_estimate(pair[half], noises[half], alpha) for half in (given, made))
+        def estimate(x, t=t, alpha=alpha):
+            return clean_estimate(x, pair.join(*model(*pair.split(x), t)), alpha)
 
-        noises = tuple(data[f"step_noise.{number}.{half}"] for half in (given, made))
+        z = join({half: data[f"step_noise.{number}.{half}"] for half in clean})
+        x = join({made: wanted, given: torch.zeros_like(clean[given])})
         with torch.no_grad():
-            step = guided_step(estimate, known, wanted, alpha, after, noises, scale)
-        recorded = data[f"{name}.{number}.{made}"]
-        relative(path, report, f"{name}.{number}.{made}", step.wanted, recorded, tolerance)
-        shown = known.at(alpha) if name.endswith("guided") else step.known
-        relative(path, report, f"{name}.{number}.{given}", shown, data[f"{name}.{number}.{given}"], tolerance)
+            step = guided_step(estimate, known, x, alpha, after, z, scale)
+        after_step, before = (
+            dict(zip(("video", "audio"), pair.split(y), strict=True)) for y in (step.x, known.at(alpha))
+        )
+        wanted = data[f"{name}.{number}.{made}"]
+        relative(path, report, f"{name}.{number}.{made}", after_step[made], wanted, tolerance)
+        shown = before if name.endswith("guided") else after_step
+        relative(path, report, f"{name}.{number}.{given}", shown[given], data[f"{name}.{number}.{given}"], tolerance)
         if step.gradient is not None:
-            mean = step.gradient / known.clean.numel()
+            mean = dict(zip(("video", "audio"), pair.split(step.gradient / clean[given].numel()), strict=True))[made]
             relative(path, report, f"{name}.{number}.grad", mean, data[f"{name}.{number}.grad"], tolerance)
-        wanted = recorded
 
 
 @torch.no_grad()
