@@ -68,7 +68,8 @@ def read_video(path: Path, size: int, fps: int, rate: int) -> tuple[Tensor, Tens
             while now is not None and picture.time - begins > len(frames) / fps + 1e-6:
                 frames.append(now)
             now = fitted(picture.to_ndarray(format="rgb24"), size)
-        frames.append(now)
+        while picture.time - begins > len(frames) / fps - 1e-6:
+            frames.append(now)
     with av.open(str(path)) as file:
         stream = file.streams.audio[0]
         resampler = av.AudioResampler("fltp", stream.layout if stream.channels <= 2 else "stereo", rate)
