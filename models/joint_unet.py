@@ -5,6 +5,7 @@ Names and shapes of the weights are those of the published files. Video is kept 
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -265,64 +266,59 @@ class JointUNet(nn.Module):
         operations=nn,
     ):
         super().__init__()
-        mult, windows = tuple(channel_mult), tuple(windows)
-        cross, seen, heard = map(
-            tuple, (cross_attention_resolutions, video_attention_resolutions, audio_attention_resolutions)
-        )
+        mult, windows, cross = tuple(channel_mult), tuple(windows), tuple(cross_attention_resolutions)
         if len(windows) != len(cross):
             raise ValueError(f"windows {windows} must be as many as cross_attention_resolutions {cross}")
-        self.model_channels, self.levels, self.windows = (
-            model_channels,
-            len(mult),
-            dict(zip(cross, windows, strict=True)),
-        )
-        place = {"dtype": dtype, "device": device}
-        exact = {**place, "dtype": torch.float32}
-        linear = operations.Linear
-        self.time_embed = nn.Sequential(
-            linear(model_channels, model_channels, **exact), nn.SiLU(), linear(model_channels, model_channels, **exact)
-        )
-
-        def coupled(before, channels, number, factor=None, resample="", middle=False):
-            dilation = 2 ** (number % DILATIONS)
-            attention = {"video_attention": middle or factor in seen, "audio_attention": middle or factor in heard}
-            built = {"heads": heads, "dropout": dropout, "operations": operations, **place}
-            return CoupledBlock(before, channels, model_channels, dilation, resample, **attention, **built)
-
-        def crossing(channels, factor):
-            if factor not in cross:
-                return []
-            return [CrossModalBlock(channels, head_channels, self.windows[factor], operations, **place)]
-
+        self.model_channels, self.levels = model_channels, len(mult)
+        self.windows = dict(zip(cross, windows, strict=True))
+        self.seen, self.heard = tuple(video_attention_resolutions), tuple(audio_attention_resolutions)
+        place = {"operations": operations, "dtype": dtype, "device": device}
+        self.options = {"heads": heads, "dropout": dropout, "head_channels": head_channels, "place": place}
+        linear = partial(operations.Linear, model_channels, model_channels, dtype=torch.float32, device=device)
+        self.time_embed = nn.Sequential(linear(), nn.SiLU(), linear())
         channels, number, widths = model_channels, 1, [model_channels]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([Entry(channels, operations, **place)])])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Entry(channels, **place)])])
         for level, wider in enumerate(mult):
             for _ in range(num_res_blocks):
                 before, channels = channels, wider * model_channels
-                block = coupled(before, channels, number, 2**level)
-                self.input_blocks.append(JointStage(block, *crossing(channels, 2**level)))
+                block = self._coupled(before, channels, number, 2**level)
+                self.input_blocks.append(JointStage(block, *self._crossing(channels, 2**level)))
                 widths.append(channels)
                 number += 1
             if level < len(mult) - 1:
-                self.input_blocks.append(JointStage(coupled(channels, channels, number, resample="down")))
+                self.input_blocks.append(JointStage(self._coupled(channels, channels, number, resample="down")))
                 widths.append(channels)
                 number += 1
-        middle = [CrossModalBlock(channels, head_channels, None, operations, **place)] if middle_cross else []
-        pair = [coupled(channels, channels, number, middle=True) for _ in range(2)]
+        middle = [CrossModalBlock(channels, head_channels, None, **place)] if middle_cross else []
+        pair = [self._coupled(channels, channels, number, middle=True) for _ in range(2)]
         self.middle_blocks = JointStage(pair[0], *middle, pair[1])
         self.output_blocks = nn.ModuleList()
         for level, wider in reversed(list(enumerate(mult))):
             for place_in_level in range(num_res_blocks + 1):
                 number -= 1
                 before, channels = channels + widths.pop(), wider * model_channels
-                stage = [coupled(before, channels, number, 2**level), *crossing(channels, 2**level)]
+                stage = [self._coupled(before, channels, number, 2**level), *self._crossing(channels, 2**level)]
                 if level and place_in_level == num_res_blocks:
-                    stage.append(coupled(channels, channels, number - 1, resample="up"))
+                    stage.append(self._coupled(channels, channels, number - 1, resample="up"))
                 self.output_blocks.append(JointStage(*stage))
-        norm = Norm(channels, operations, device)
-        self.video_out = nn.Sequential(norm, nn.SiLU(), VideoPoint(channels, 3, operations, kernel=3, **place))
-        norm = Norm(channels, operations, device)
-        self.audio_out = nn.Sequential(norm, nn.SiLU(), AudioConv(channels, 1, operations, **place))
+        norms = [Norm(channels, operations, device) for _ in range(2)]
+        self.video_out = nn.Sequential(norms[0], nn.SiLU(), VideoPoint(channels, 3, kernel=3, **place))
+        self.audio_out = nn.Sequential(norms[1], nn.SiLU(), AudioConv(channels, 1, **place))
+
+    def _coupled(self, before, channels, number, factor=None, resample="", middle=False) -> CoupledBlock:
+        attention = {
+            "video_attention": middle or factor in self.seen,
+            "audio_attention": middle or factor in self.heard,
+        }
+        own = {name: self.options[name] for name in ("heads", "dropout")} | self.options["place"]
+        dilation = 2 ** (number % DILATIONS)
+        return CoupledBlock(before, channels, self.model_channels, dilation, resample, **attention, **own)
+
+    def _crossing(self, channels: int, factor: int) -> list[CrossModalBlock]:
+        if factor not in self.windows:
+            return []
+        head_channels = self.options["head_channels"]
+        return [CrossModalBlock(channels, head_channels, self.windows[factor], **self.options["place"])]
 
     def start_quiet(self) -> None:
         """Zeroes what the authors start from zero: the last layer of every residual, attention and output."""

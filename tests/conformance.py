@@ -13,6 +13,7 @@ import conformance_consistent  # noqa: E402
 import conformance_magdiff  # noqa: E402
 import conformance_masked  # noqa: E402
 import conformance_mm_diffusion  # noqa: E402
+import conformance_mm_samplers  # noqa: E402
 import conformance_story_imager  # noqa: E402
 import conformance_style  # noqa: E402
 
@@ -21,6 +22,7 @@ RUNNERS = {
     **conformance_magdiff.RUNNERS,
     **conformance_masked.RUNNERS,
     **conformance_mm_diffusion.RUNNERS,
+    **conformance_mm_samplers.RUNNERS,
     **conformance_story_imager.RUNNERS,
     **conformance_style.RUNNERS,
 }
