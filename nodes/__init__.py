@@ -2,9 +2,35 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apa, board, boxes, consistent, demo, masked, sampler, story, storyboard, style
+from . import (
+    apa,
+    board,
+    boxes,
+    consistent,
+    demo,
+    masked,
+    sampler,
+    story,
+    story_gen,
+    story_gen_story,
+    storyboard,
+    style,
+)
 
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard)
+NODE_FILES = (
+    demo,
+    story,
+    consistent,
+    style,
+    boxes,
+    masked,
+    board,
+    apa,
+    story_gen,
+    story_gen_story,
+    sampler,
+    storyboard,
+)
 
 
 class StoryweftExtension(ComfyExtension):
