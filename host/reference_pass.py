@@ -14,6 +14,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+OTHER = 0x53746F727947656E  # turns a sampler's seed into another one
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -40,10 +42,10 @@ class Capture:
 
 
 class Noise:
-    """One draw for all references and steps of a run; made on the CPU."""
+    """One draw for all references and steps of a run, made on the CPU; never that of a sampler with the same seed."""
 
     def __init__(self, seed: int):
-        self.seed = seed
+        self.seed = seed ^ OTHER
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(self.seed))
@@ -124,11 +126,6 @@ class ReferencePasses:
             given = {name: one.process_cond(batch_size=rows, area=None) for name, one in cond["model_conds"].items()}
             self._inputs[reference] = latent, self.noise(latent.shape).to(latent), given
         return self._inputs[reference]
-
-
-def feature_bytes(family, references: Iterable[Reference], item: int) -> int:
-    """Size of the features of one latent with each of these references, when a number takes `item` bytes."""
-    return sum(sum(family.sizes(reference.latent.shape).values()) for reference in references) * item
 
 
 def check_memory(run, needed: int, count: int, node_id: str) -> None:

@@ -15,8 +15,9 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ..attention.story_gen import image_attention, join
-from ..sampling.story_gen import branches, reference_timesteps, without_repetition
-from .reference_pass import Reference, ReferencePasses, check_memory, feature_bytes, place
+from ..sampling.story_gen import AUTO, LAST, PART, branches, reference_timesteps, without_repetition
+from . import families
+from .reference_pass import Reference, ReferencePasses, check_memory, memory_line, place
 from .rule import Rule
 from .unet import UNetFamily
 
@@ -29,12 +30,14 @@ TRAINED = 3  # references at once
 class ImageSites:
     """What answers the image attention: site (path, block, depth) -> module with attn3 and norm4, heads of each.
 
-    twice: whether the residual counts twice, as in the released weights (see attention/story_gen.py).
+    twice: whether the residual counts twice, as in the released weights (see attention/story_gen.py). normed: whether the
+    features go through norm4 too, as keys and values made for normalised tokens need.
     """
 
     modules: Callable[[Any], dict[tuple, Any]]  # of the host's diffusion model
     head: dict[tuple, int]
     twice: bool = True
+    normed: bool = False
 
 
 class ImagePatches:
@@ -69,7 +72,8 @@ class ImagePatches:
         out = n.clone()
         for rows, features in self.groups:
             heads = module.attn3.to_q.weight.shape[0] // self.sites.head[site]
-            found = image_attention(module.attn3, module.norm4, h[rows], features(site), heads, attend)
+            image = module.norm4(features(site)) if self.sites.normed else features(site)
+            found = image_attention(module.attn3, module.norm4, h[rows], image, heads, attend)
             out[rows] = join(h[rows], n[rows], found, self.strength, self.sites.twice)
         return out
 
@@ -114,10 +118,25 @@ class ReferenceRule(Rule):
                     f"{self.node_id}: the guider has a list of conditionings named '{entry.role}', of which it is unknown "
                     "whether it sees the references; use StoryweftStoryGenGuider or a sampler with positive and negative."
                 )
-        passes = self.passes(run.state[self].timestep())
-        item = torch.finfo(run.base.get_dtype_inference()).bits // 8
-        needed = run.latent_shape[0] * feature_bytes(run.family, (reference for reference, _ in passes), item)
-        check_memory(run, needed, len(passes), self.node_id)
+        t = run.state[self].timestep()
+        if self.stage == AUTO and t // PART * len(self.references) > LAST:
+            logging.warning(
+                "%s: %d references in stage %s reach beyond timestep %d at the first steps; the oldest are held there.",
+                self.node_id,
+                len(self.references),
+                AUTO,
+                LAST,
+            )
+        passes = self.passes(t)
+        check_memory(run, self.size_of(run.base, run.family, passes, run.latent_shape[0]), len(passes), self.node_id)
+
+    @staticmethod
+    def size_of(base, family, passes: list, latents: int) -> int:
+        """Size of the features that the passes of one step keep for a number of latents."""
+        item = torch.finfo(base.get_dtype_inference()).bits // 8
+        return latents * item * sum(
+            sum(family.sizes(reference.latent.shape).values()) for reference, _ in passes
+        )
 
     def prepare(self, run, call, options: dict) -> None:
         state, device = run.state[self], call.text.device
@@ -202,3 +221,9 @@ def check_family(family, node_id: str) -> None:
             f"{node_id}: {family.model_class} is not a U-Net of single pictures, whose transformer blocks it needs; use SD1.5 or "
             "a relative."
         )
+
+
+def sizing(model, rule: ReferenceRule) -> str:
+    """What a rule's references take in each step for one picture, as the end of a sentence."""
+    family, passes = families.find(model, rule.node_id), rule.passes()
+    return memory_line(len(passes), 1, rule.size_of(model.model, family, passes, 1))

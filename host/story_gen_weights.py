@@ -117,7 +117,7 @@ def detect(state: dict[str, Tensor], source: str):
     diffusers = "conv_in.weight" in base
     find = comfy.model_detection.model_config_from_diffusers_unet if diffusers else _config_from_unet
     config = find(base)
-    if config is None or type(config) is not comfy.supported_models.SD15:
+    if not isinstance(config, comfy.supported_models.SD15):
         found = "none that is known" if config is None else type(config).__name__
         raise ValueError(f"{source}: its U-Net is not SD1.5's ({found}), which StoryGen is made of.")
     if diffusers:

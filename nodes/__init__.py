@@ -23,6 +23,35 @@ from . import (
 
 NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard, joint_av, joint_av_media,
               joint_av_parts)
+from . import (
+    apa,
+    board,
+    boxes,
+    consistent,
+    demo,
+    masked,
+    sampler,
+    story,
+    story_gen,
+    story_gen_story,
+    storyboard,
+    style,
+)
+
+NODE_FILES = (
+    demo,
+    story,
+    consistent,
+    style,
+    boxes,
+    masked,
+    board,
+    apa,
+    story_gen,
+    story_gen_story,
+    sampler,
+    storyboard,
+)
 
 
 class StoryweftExtension(ComfyExtension):

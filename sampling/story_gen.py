@@ -4,10 +4,11 @@ from collections import Counter
 from math import gcd
 
 AUTO, MULTI, ALONE = STAGES = ("auto-regressive", "multi-image-condition", "no")
+LAST = 999  # the schedule's last timestep
 PART = 10  # a reference has a tenth of the picture's timestep, times its distance in AUTO
 
 
-def reference_timesteps(t: int, count: int, stage: str, last: int = 999) -> list[int]:
+def reference_timesteps(t: int, count: int, stage: str, last: int = LAST) -> list[int]:
     """Timestep of each of `count` references, oldest first, when the picture is at timestep t; none above `last`."""
     if stage == ALONE:
         return []
