@@ -2,9 +2,6 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apa, board, boxes, consistent, demo, masked, motion, sampler, story, storyboard, style
-
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, motion, sampler, storyboard)
 from . import (
     apa,
     board,
@@ -15,21 +12,7 @@ from . import (
     joint_av_media,
     joint_av_parts,
     masked,
-    sampler,
-    story,
-    storyboard,
-    style,
-)
-
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard, joint_av, joint_av_media,
-              joint_av_parts)
-from . import (
-    apa,
-    board,
-    boxes,
-    consistent,
-    demo,
-    masked,
+    motion,
     sampler,
     story,
     story_gen,
@@ -49,6 +32,10 @@ NODE_FILES = (
     apa,
     story_gen,
     story_gen_story,
+    motion,
+    joint_av,
+    joint_av_media,
+    joint_av_parts,
     sampler,
     storyboard,
 )
