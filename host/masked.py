@@ -100,7 +100,7 @@ class MaskedRule(Rule):
         if not marked and any(MARK in entry.cond for entry in entries):
             raise ValueError(
                 f"{self.node_id}: the prompt is a board's, for StoryweftFrameStoryCrossAttention, and the objects' words are not "
-                "marked in its captions; switch cross off."
+                "marked in its captions; connect it to board_conditioning of this node, or switch cross off."
             )
         if not marked:
             raise ValueError(

@@ -32,24 +32,70 @@ def find_words(clip, prompt: str, phrases: Sequence[str], length: int, node_id: 
 
     Raises ValueError naming a phrase that is empty or matches no token, or an encoder whose tokens cannot be placed.
     """
+    unique, groups = _grouped(phrases, node_id)
+    labels, parts = _labelled(clip, prompt, unique, length, node_id)
+    _check_found(unique, labels, f"prompt '{prompt}'", node_id)
+    return Words(tuple(labels), groups, all(part.pad_to_max_length for part in parts))
+
+
+def find_board_words(clip, captions: Sequence[str], phrases: Sequence[str], length: int, node_id: str) -> Words:
+    """The same in a board's captions, each encoded to `length` tokens as `encode_panels` does, one after the other.
+
+    A phrase may be missing from some captions, not from all.
+    """
+    unique, groups = _grouped(phrases, node_id)
+    labels: list[int] = []
+    for caption in captions:
+        alone = clip.encode_from_tokens_scheduled(clip.tokenize(caption), show_pbar=False)[0][0].shape[1]
+        own, parts = _labelled(clip, caption, unique, alone, node_id)
+        if alone == length:
+            labels += own
+        elif all(part.pad_to_max_length for part in parts):
+            labels += own * (length // alone)
+        elif len(parts) == 1:
+            padding = [0] * (length - alone)
+            labels += padding + own if parts[0].pad_left else own + padding
+        else:
+            raise ValueError(
+                f"{node_id}: caption '{caption}' has {alone} tokens and the longest {length}, and this text encoder pads "
+                "several parts; make the captions alike in length, or switch cross off."
+            )
+    _check_found(unique, labels, f"captions {'; '.join(captions)}", node_id)
+    return Words(tuple(labels), groups, False)
+
+
+def _grouped(phrases: Sequence[str], node_id: str) -> tuple[list[str], tuple[int, ...]]:
+    """Different phrases, and the group of every label."""
     for number, phrase in enumerate(phrases):
         if not phrase.strip():
             raise ValueError(f"{node_id}: object {number + 1} of boxes has no words; give it some, or switch cross off.")
     unique = list(dict.fromkeys(phrase.strip() for phrase in phrases))
-    groups = (0, *(1 + unique.index(phrase.strip()) for phrase in phrases))
+    return unique, (0, *(1 + unique.index(phrase.strip()) for phrase in phrases))
+
+
+def _labelled(clip, prompt: str, phrases: Sequence[str], length: int, node_id: str) -> tuple[list[int], list]:
+    """Labels of a prompt's tokens, and the tokenizers that made them."""
     labels: list[int] = []
-    chunked = []
-    for part, ids in _sequences(clip, prompt, length, node_id):
-        chunked.append(part.pad_to_max_length)
-        labels += label_words(ids, [_spellings(part, phrase) for phrase in unique], part.pad_to_max_length)
+    parts = []
+    found = sequences(clip, clip.tokenize(prompt), length)
+    if not found:
+        raise ValueError(
+            f"{node_id}: the text encoder makes {length} tokens of prompt '{prompt}' and it is unknown which words they are; "
+            "switch cross off."
+        )
+    for part, ids in found:
+        parts.append(part)
+        labels += label_words(ids, [_spellings(part, phrase) for phrase in phrases], part.pad_to_max_length)
         if part.pad_to_max_length and part.start_token is not None:
             starts = len(labels) - len(ids)
             labels[starts :: part.max_length] = [NOBODY] * len(labels[starts :: part.max_length])
-    labels = labels[-length:]
-    for number, phrase in enumerate(unique):
-        if number + 1 not in labels:
-            raise ValueError(f"{node_id}: the words '{phrase}' of boxes match no token of prompt '{prompt}'.")
-    return Words(tuple(labels), groups, all(chunked))
+    return labels[-length:], parts
+
+
+def _check_found(phrases: Sequence[str], labels: Sequence[int], where: str, node_id: str) -> None:
+    for number, phrase in enumerate(phrases, 1):
+        if number not in labels:
+            raise ValueError(f"{node_id}: the words '{phrase}' of boxes match no token of {where}.")
 
 
 def label_words(ids: Sequence[int], phrases: Sequence[Sequence[Sequence[int]]], anywhere: bool) -> list[int]:
@@ -87,9 +133,8 @@ def _spellings(part, phrase: str) -> list[list[int]]:
     return [ids for ids in found if ids]
 
 
-def _sequences(clip, prompt: str, length: int, node_id: str) -> list[tuple]:
-    """(tokenizer, ids) of the token sequences that follow each other in the encoded prompt."""
-    tokens = clip.tokenize(prompt)
+def sequences(clip, tokens: dict, length: int) -> list[tuple]:
+    """(tokenizer, ids) of the token sequences that follow each other in a prompt encoded to `length`; [] if unknown."""
     found = []
     for key, part in tokenizers(clip, tokens).items():
         if part is not None:
@@ -107,7 +152,4 @@ def _sequences(clip, prompt: str, length: int, node_id: str) -> list[tuple]:
             return [chunks[0], one]  # SD3
     if len(runs) == 1 and len(runs[0][1]) > length:
         return runs  # language models leave out the template in front of the prompt
-    raise ValueError(
-        f"{node_id}: the text encoder makes {length} tokens of prompt '{prompt}' and it is unknown which words they are; "
-        "switch cross off."
-    )
+    return []

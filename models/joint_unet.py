@@ -5,95 +5,16 @@ Names and shapes of the weights are those of the published files. Video is kept 
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate
 
-from ..attention.core import attend, merge_heads, split_heads
 from ..attention.cross_modal import Shifts, cross_modal_attention, listed_shifts, no_shift
+from .joint_layers import AudioConv, Norm, Reshaped, SelfAttention, VideoConv, VideoPoint
 
-GROUPS = 32
 DILATIONS = 10  # the audio dilation of block n is 2 ** (n % DILATIONS)
-
-
-class Reshaped(nn.Module):
-    """Layers whose published weight has another shape than the faster layer used here: {layer: kernel shape}."""
-
-    kernels: dict[str, tuple[int, ...]]
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for name, kernel in self.kernels.items():
-            key = f"{prefix}{name}.weight"
-            if key in state_dict:
-                weight = state_dict[key]
-                state_dict[key] = weight.reshape(*weight.shape[:2], *kernel)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class Norm(nn.Module):
-    """Group norm with 32 groups in float32, whatever the features' type."""
-
-    def __init__(self, channels: int, operations, device):
-        super().__init__()
-        self.GroupNorm = operations.GroupNorm(GROUPS, channels, eps=1e-5, device=device, dtype=torch.float32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.GroupNorm(x.float()).to(x.dtype)
-
-
-class VideoConv(Reshaped):
-    """3 x 3 on every frame, then 3 along time at every pixel ("2d+1d"), [B, I, F, H, W] -> [B, C, F, H, W]."""
-
-    kernels = {"video_conv_temporal": (3, 1)}
-
-    def __init__(self, before: int, channels: int, operations, **place):
-        super().__init__()
-        self.video_conv_spatial = operations.Conv2d(before, channels, 3, padding=1, **place)
-        self.video_conv_temporal = operations.Conv2d(channels, channels, (3, 1), padding=(1, 0), **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        clips, _, frames, height, width = x.shape
-        x = self.video_conv_spatial(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (clips, frames)).transpose(1, 2)
-        return self.video_conv_temporal(x.flatten(3)).unflatten(3, (height, width))
-
-
-class VideoPoint(nn.Module):
-    """A 3-D convolution, same size out: kernel 1 inside blocks, 3 at the output."""
-
-    def __init__(self, before: int, channels: int, operations, kernel: int = 1, **place):
-        super().__init__()
-        self.video_conv = operations.Conv3d(before, channels, kernel, padding=kernel // 2, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.video_conv(x)
-
-
-class AudioConv(nn.Module):
-    def __init__(self, before: int, channels: int, operations, kernel: int = 3, dilation: int = 1, **place):
-        super().__init__()
-        padding = dilation * (kernel // 2)
-        self.audio_conv = operations.Conv1d(before, channels, kernel, padding=padding, dilation=dilation, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.audio_conv(x)
-
-
-class SelfAttention(Reshaped):
-    """Attention of the last axis to itself with residual, [rows, C, tokens]; queries, keys, values first, then heads."""
-
-    kernels = {"qkv": (), "proj_out": ()}
-
-    def __init__(self, channels: int, heads: int, operations, **place):
-        super().__init__()
-        self.heads = heads
-        self.norm = Norm(channels, operations, place.get("device"))
-        self.qkv = operations.Linear(channels, 3 * channels, **place)
-        self.proj_out = operations.Linear(channels, channels, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm(x).transpose(1, 2)).chunk(3, -1))
-        return x + self.proj_out(merge_heads(attend(q, k, v, None))).transpose(1, 2)
 
 
 class CoupledBlock(nn.Module):
@@ -265,64 +186,59 @@ class JointUNet(nn.Module):
         operations=nn,
     ):
         super().__init__()
-        mult, windows = tuple(channel_mult), tuple(windows)
-        cross, seen, heard = map(
-            tuple, (cross_attention_resolutions, video_attention_resolutions, audio_attention_resolutions)
-        )
+        mult, windows, cross = tuple(channel_mult), tuple(windows), tuple(cross_attention_resolutions)
         if len(windows) != len(cross):
             raise ValueError(f"windows {windows} must be as many as cross_attention_resolutions {cross}")
-        self.model_channels, self.levels, self.windows = (
-            model_channels,
-            len(mult),
-            dict(zip(cross, windows, strict=True)),
-        )
-        place = {"dtype": dtype, "device": device}
-        exact = {**place, "dtype": torch.float32}
-        linear = operations.Linear
-        self.time_embed = nn.Sequential(
-            linear(model_channels, model_channels, **exact), nn.SiLU(), linear(model_channels, model_channels, **exact)
-        )
-
-        def coupled(before, channels, number, factor=None, resample="", middle=False):
-            dilation = 2 ** (number % DILATIONS)
-            attention = {"video_attention": middle or factor in seen, "audio_attention": middle or factor in heard}
-            built = {"heads": heads, "dropout": dropout, "operations": operations, **place}
-            return CoupledBlock(before, channels, model_channels, dilation, resample, **attention, **built)
-
-        def crossing(channels, factor):
-            if factor not in cross:
-                return []
-            return [CrossModalBlock(channels, head_channels, self.windows[factor], operations, **place)]
-
+        self.model_channels, self.levels = model_channels, len(mult)
+        self.windows = dict(zip(cross, windows, strict=True))
+        self.seen, self.heard = tuple(video_attention_resolutions), tuple(audio_attention_resolutions)
+        place = {"operations": operations, "dtype": dtype, "device": device}
+        self.options = {"heads": heads, "dropout": dropout, "head_channels": head_channels, "place": place}
+        linear = partial(operations.Linear, model_channels, model_channels, dtype=torch.float32, device=device)
+        self.time_embed = nn.Sequential(linear(), nn.SiLU(), linear())
         channels, number, widths = model_channels, 1, [model_channels]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([Entry(channels, operations, **place)])])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Entry(channels, **place)])])
         for level, wider in enumerate(mult):
             for _ in range(num_res_blocks):
                 before, channels = channels, wider * model_channels
-                block = coupled(before, channels, number, 2**level)
-                self.input_blocks.append(JointStage(block, *crossing(channels, 2**level)))
+                block = self._coupled(before, channels, number, 2**level)
+                self.input_blocks.append(JointStage(block, *self._crossing(channels, 2**level)))
                 widths.append(channels)
                 number += 1
             if level < len(mult) - 1:
-                self.input_blocks.append(JointStage(coupled(channels, channels, number, resample="down")))
+                self.input_blocks.append(JointStage(self._coupled(channels, channels, number, resample="down")))
                 widths.append(channels)
                 number += 1
-        middle = [CrossModalBlock(channels, head_channels, None, operations, **place)] if middle_cross else []
-        pair = [coupled(channels, channels, number, middle=True) for _ in range(2)]
+        middle = [CrossModalBlock(channels, head_channels, None, **place)] if middle_cross else []
+        pair = [self._coupled(channels, channels, number, middle=True) for _ in range(2)]
         self.middle_blocks = JointStage(pair[0], *middle, pair[1])
         self.output_blocks = nn.ModuleList()
         for level, wider in reversed(list(enumerate(mult))):
             for place_in_level in range(num_res_blocks + 1):
                 number -= 1
                 before, channels = channels + widths.pop(), wider * model_channels
-                stage = [coupled(before, channels, number, 2**level), *crossing(channels, 2**level)]
+                stage = [self._coupled(before, channels, number, 2**level), *self._crossing(channels, 2**level)]
                 if level and place_in_level == num_res_blocks:
-                    stage.append(coupled(channels, channels, number - 1, resample="up"))
+                    stage.append(self._coupled(channels, channels, number - 1, resample="up"))
                 self.output_blocks.append(JointStage(*stage))
-        norm = Norm(channels, operations, device)
-        self.video_out = nn.Sequential(norm, nn.SiLU(), VideoPoint(channels, 3, operations, kernel=3, **place))
-        norm = Norm(channels, operations, device)
-        self.audio_out = nn.Sequential(norm, nn.SiLU(), AudioConv(channels, 1, operations, **place))
+        norms = [Norm(channels, operations, device) for _ in range(2)]
+        self.video_out = nn.Sequential(norms[0], nn.SiLU(), VideoPoint(channels, 3, kernel=3, **place))
+        self.audio_out = nn.Sequential(norms[1], nn.SiLU(), AudioConv(channels, 1, **place))
+
+    def _coupled(self, before, channels, number, factor=None, resample="", middle=False) -> CoupledBlock:
+        attention = {
+            "video_attention": middle or factor in self.seen,
+            "audio_attention": middle or factor in self.heard,
+        }
+        own = {name: self.options[name] for name in ("heads", "dropout")} | self.options["place"]
+        dilation = 2 ** (number % DILATIONS)
+        return CoupledBlock(before, channels, self.model_channels, dilation, resample, **attention, **own)
+
+    def _crossing(self, channels: int, factor: int) -> list[CrossModalBlock]:
+        if factor not in self.windows:
+            return []
+        head_channels = self.options["head_channels"]
+        return [CrossModalBlock(channels, head_channels, self.windows[factor], **self.options["place"])]
 
     def start_quiet(self) -> None:
         """Zeroes what the authors start from zero: the last layer of every residual, attention and output."""
@@ -365,7 +281,8 @@ class JointUNet(nn.Module):
         """
         self.check(video, audio)
         shifts = shifts if callable(shifts) else listed_shifts(shifts)
-        emb = self.time_embed(sinusoid(t, self.model_channels))
+        emb = sinusoid(t, self.model_channels)
+        emb = self.time_embed(emb.to(torch.promote_types(video.dtype, emb.dtype)))
         entry = self.input_blocks[0][0]
         h = entry.video_conv(video), entry.audio_conv(audio)
         kept = [h]

@@ -8,17 +8,41 @@ from . import (
     boxes,
     consistent,
     demo,
+    joint_av,
+    joint_av_media,
+    joint_av_parts,
     magdiff,
     masked,
     motion,
     sampler,
     story,
+    story_gen,
+    story_gen_story,
     storyboard,
     style,
     trained_board,
 )
 
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, trained_board, apa, magdiff, motion, sampler, storyboard)
+NODE_FILES = (
+    demo,
+    story,
+    consistent,
+    style,
+    boxes,
+    masked,
+    board,
+    trained_board,
+    apa,
+    magdiff,
+    story_gen,
+    story_gen_story,
+    motion,
+    joint_av,
+    joint_av_media,
+    joint_av_parts,
+    sampler,
+    storyboard,
+)
 
 
 class StoryweftExtension(ComfyExtension):

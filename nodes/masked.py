@@ -5,9 +5,10 @@ from comfy_api.latest import io
 
 from ..attention.labels import BoxRegions
 from ..host import override
+from ..host.board import MARK
 from ..host.masked import LAYERS, MaskedOptions, MaskedRule
 from ..host.rule import fraction
-from ..host.words import KEY, find_words
+from ..host.words import KEY, find_board_words, find_words
 
 Boxes = io.Custom("STORYWEFT_BOXES")
 SAMPLINGS = ("by area", "as the authors")
@@ -100,11 +101,17 @@ class MaskedAttention(io.ComfyNode):
                     tooltip="How boxes become tokens: covered by half or more, or sampled as in the authors' code, which loses "
                     "small boxes.",
                 ),
+                io.Conditioning.Input(
+                    "board_conditioning",
+                    optional=True,
+                    tooltip="A board's, from Frame-Story Cross Attention, in place of prompt: objects' words are looked for in "
+                    "every caption. Boxes lie on the whole board.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model with masked attention."),
                 io.Conditioning.Output(
-                    "conditioning", tooltip="The encoded prompt that knows its objects' words: connect it to positive."
+                    "conditioning", tooltip="The prompt, or the board's captions, with the objects' words marked: connect it to positive."
                 ),
             ],
         )
@@ -124,14 +131,17 @@ class MaskedAttention(io.ComfyNode):
         layers="auto",
         frame_rule="average",
         sampling="by area",
+        board_conditioning=None,
     ) -> io.NodeOutput:
         node_id = MaskedRule.node_id
         fraction(node_id, "masked_part", masked_part)
         if masked_steps < 0:
             raise ValueError(f"{node_id}: masked_steps is {masked_steps}; give 0 or more.")
-        if clip is not None and not prompt.strip():
+        if board_conditioning is not None:
+            _check_board(board_conditioning, clip, prompt, cross, node_id)
+        elif clip is not None and not prompt.strip():
             raise ValueError(f"{node_id}: prompt is empty; write it, or disconnect clip for a model without text.")
-        if clip is None and prompt.strip():
+        elif clip is None and prompt.strip():
             raise ValueError(f"{node_id}: prompt is '{prompt}' but no clip is connected to encode it.")
         corners = [
             [(box.x0, box.y0, box.x1, box.y1) if box else (float("nan"),) * 4 for box in thing.boxes]
@@ -144,20 +154,47 @@ class MaskedAttention(io.ComfyNode):
             masked_steps,
             spatial,
             temporal,
-            cross and clip is not None,
+            cross and (clip is not None or board_conditioning is not None),
             layers,
             frame_rule == "any",
             sampling == "as the authors",
         )
+        phrases = [thing.words for thing in boxes.objects]
         conditioning = []
-        if clip is not None:
-            phrases = [thing.words for thing in boxes.objects]
+        if board_conditioning is not None:
+            for text, extras in board_conditioning:
+                marks = {KEY: _board_words(clip, extras[MARK], phrases, node_id)} if cross else {}
+                conditioning.append([text, {**extras, **marks}])
+        elif clip is not None:
             for text, extras in clip.encode_from_tokens_scheduled(clip.tokenize(prompt)):
                 marks = {KEY: find_words(clip, prompt, phrases, text.shape[1], node_id)} if cross else {}
                 conditioning.append([text, {**extras, **marks}])
         ratio = model.model.latent_format.temporal_downscale_ratio
         rule = MaskedRule(BoxRegions(torch.tensor(corners, dtype=torch.float64)), options, ratio)
         return io.NodeOutput(override.register(model, rule), conditioning)
+
+
+def _check_board(conditioning, clip, prompt: str, cross: bool, node_id: str) -> None:
+    """Raises ValueError unless the words of boxes can be looked for in the captions of a board's conditioning."""
+    if prompt.strip():
+        raise ValueError(f"{node_id}: prompt is '{prompt}' and board_conditioning brings its own captions; empty prompt.")
+    marks = [extras.get(MARK) for _, extras in conditioning]
+    if not marks or None in marks:
+        raise ValueError(
+            f"{node_id}: board_conditioning is no board's; connect the conditioning of StoryweftFrameStoryCrossAttention."
+        )
+    if cross and clip is None:
+        raise ValueError(f"{node_id}: clip is needed to find the objects' words in board_conditioning; connect the board's.")
+    if cross and any(mark.has_summary for mark in marks):
+        raise ValueError(
+            f"{node_id}: board_conditioning has a summary, whose words cannot be marked; leave it out, or switch cross off."
+        )
+
+
+def _board_words(clip, mark, phrases: list[str], node_id: str):
+    """Words of the captions of a BoardText."""
+    frames = mark.board.shape.frames
+    return find_board_words(clip, mark.board.captions, phrases, len(mark.labels) // frames, node_id)
 
 
 NODES = [MaskedAttention]

@@ -13,7 +13,10 @@ import conformance_consistent  # noqa: E402
 import conformance_magdiff  # noqa: E402
 import conformance_masked  # noqa: E402
 import conformance_mm_diffusion  # noqa: E402
+import conformance_mm_samplers  # noqa: E402
 import conformance_motion  # noqa: E402
+import conformance_sound  # noqa: E402
+import conformance_story_gen  # noqa: E402
 import conformance_story_imager  # noqa: E402
 import conformance_style  # noqa: E402
 
@@ -22,7 +25,10 @@ RUNNERS = {
     **conformance_magdiff.RUNNERS,
     **conformance_masked.RUNNERS,
     **conformance_mm_diffusion.RUNNERS,
+    **conformance_mm_samplers.RUNNERS,
     **conformance_motion.RUNNERS,
+    **conformance_story_gen.RUNNERS,
+    **conformance_sound.RUNNERS,
     **conformance_story_imager.RUNNERS,
     **conformance_style.RUNNERS,
 }

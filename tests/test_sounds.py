@@ -74,7 +74,7 @@ def test_a_joint_clip_is_what_its_facts_say():
         assert clip.frames.shape == (16, 32, 32, 3) and clip.frames.dtype == np.uint8
         assert clip.waveform.shape == (6400,) and np.abs(clip.waveform).max() <= 1
         assert clip.kind in sounds.SUBSETS["kinds"] and clip.place in sounds.SUBSETS["places"]
-        assert clip.kind in clip.caption and PLACES[clip.place] in clip.caption and "by day" in clip.caption
+        assert clip.kind in clip.caption and PLACES[clip.place] in clip.caption and "at night" in clip.caption
         moved = np.abs(np.diff(clip.path[:, :2], axis=0)).sum(1)
         assert (moved[clip.loudness[:-1] + clip.loudness[1:] <= 2 * sounds.QUIET + 1e-9] < 1e-9).all()
         if clip.motion != "hop":

@@ -13,9 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 
-from . import sounds
+from . import (
+    package,  # noqa: F401
+    sounds,
+)
+
+from storyweft.models.joint_media import letterbox  # isort: skip
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,6 @@ class Clips:
         return frames.float() / 127.5 - 1, sound.float()[:, None]
 
 
-def fitted(frame: np.ndarray, size: int) -> Tensor:
-    """A picture uint8 [h, w, 3] inside a black square, uint8 [3, size, size]."""
-    height, width = frame.shape[:2]
-    scale = min(size / height, size / width)
-    new = max(1, int(height * scale)), max(1, int(width * scale))
-    x = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-    x = interpolate(x, new, mode="bicubic", antialias=False).round().clamp(0, 255).byte()[0]
-    top, left = (size - new[0]) // 2, (size - new[1]) // 2
-    return pad(x, (left, size - new[1] - left, top, size - new[0] - top))
-
-
 def read_video(path: Path, size: int, fps: int, rate: int) -> tuple[Tensor, Tensor]:
     """Frames uint8 [n, 3, size, size] at `fps` and sound float16 [n * rate / fps] of a video file.
 
@@ -67,8 +61,10 @@ def read_video(path: Path, size: int, fps: int, rate: int) -> tuple[Tensor, Tens
                 begins = picture.time
             while now is not None and picture.time - begins > len(frames) / fps + 1e-6:
                 frames.append(now)
-            now = fitted(picture.to_ndarray(format="rgb24"), size)
-        frames.append(now)
+            now = letterbox(torch.from_numpy(picture.to_ndarray(format="rgb24"))[None], size, size)[0]
+            now = ((now + 1) * 127.5).round().byte()
+        while picture.time - begins > len(frames) / fps - 1e-6:
+            frames.append(now)
     with av.open(str(path)) as file:
         stream = file.streams.audio[0]
         resampler = av.AudioResampler("fltp", stream.layout if stream.channels <= 2 else "stereo", rate)

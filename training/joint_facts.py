@@ -70,7 +70,7 @@ def held_out(reader: JointReader, count: int = 300) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    loop.add_arguments(parser, steps=1500, minutes=0, batch=32, rate=3e-3, seed=8, precision="no")
+    loop.add_arguments(parser, steps=800, minutes=0, batch=32, rate=3e-3, seed=8, precision="no")
     parser.add_argument("--clips", type=int, default=2000)
     args = parser.parse_args()
     task = Task(args)

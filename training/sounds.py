@@ -19,22 +19,26 @@ from .storybook import KINDS, PLACES, SIZE, TIMES, WIDE, Facts, _choose, backdro
 # kind -> seconds of a call, pitch at its start and end (Hz), strengths of the harmonics, share of breath (noise around
 # the pitch), tremolo (Hz), seconds from call to call
 VOICES = {
-    "fox": (0.13, (1250, 650), (1.0, 0.3), 0.0, 0, (0.22, 0.42)),
+    "fox": (0.20, (1250, 650), (1.0, 0.3), 0.0, 0, (0.26, 0.45)),
     "bear": (0.60, (75, 62), (1.0, 0.9, 0.7, 0.5, 0.3, 0.2), 0.3, 22, (0.85,)),
     "rabbit": (0.05, (1500, 1800), (1.0,), 0.0, 0, (0.10, 0.10, 0.45)),
-    "robot": (0.10, (700, 700), (1.0, 0.0, 0.33, 0.0, 0.2), 0.0, 0, (0.20,)),
+    "robot": (0.12, (700, 700), (1.0, 0.0, 0.33, 0.0, 0.2), 0.0, 0, (0.20,)),
     "owl": (0.30, (430, 390), (1.0, 0.06), 0.0, 0, (0.55, 0.38)),
     "elephant": (0.45, (190, 270), (0.7, 0.9, 1.0, 0.8, 0.6, 0.4, 0.25), 0.08, 0, (0.62,)),
     "snail": (0.09, (180, 560), (1.0,), 0.0, 0, (0.16, 0.60)),
     "dinosaur": (0.70, (150, 120), (0.4, 0.4, 0.3), 1.0, 14, (0.95,)),
 }
-SUBSETS = {  # what the joint demo model knows: kinds, each with one body colour, and places, by day
+# What the joint demo model knows: kinds, each with one body colour, and places. It is night there, and voices and
+# ambiences are loud: both halves have noise of one strength, and a picture in daylight would be settled at strengths at
+# which no sound can be heard yet. Then no sound could ever say what is seen.
+SUBSETS = {
     "kinds": {"elephant": "blue", "fox": "red", "owl": "purple", "robot": "yellow"},
     "places": ("beach", "forest", "city"),
 }
 FRAMES, FPS, PIXELS, RATE = 16, 10, 32, 4000  # of a joint clip: 1.6 s, 400 samples a frame
 MOTIONS = ("right", "left", "hop")
-QUIET = 0.15  # loudness of a voice whose character stands still, of that of one in full motion
+QUIET = 0.2  # loudness of a voice whose character stands still, of that of one in full motion
+MOONLIGHT = (0.55, 0.58, 0.75)  # on characters
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def call(kind: str, rng: np.random.Generator, rate: int = 16000) -> np.ndarray:
     seconds, (start, end), harmonics, breath, tremolo, _ = VOICES[kind]
     samples = round(seconds * rate * rng.uniform(0.95, 1.05))
     way = np.linspace(0, 1, samples)
-    sound = _tone((start + (end - start) * way) * rng.uniform(0.97, 1.03), harmonics, rate)
+    sound = _tone((start + (end - start) * way) * rng.uniform(0.985, 1.015), harmonics, rate)
     if breath:
         sound = sound + breath * 0.5 * shaped_noise(rng, samples, rate, start, min(4 * start, 0.45 * rate))
     if tremolo:
@@ -158,20 +162,24 @@ def _meadow(rng, samples, rate):  # a bee about
     return 0.4 * _tone(pitch, (1.0, 0.6, 0.4, 0.3), rate) + 0.04 * shaped_noise(rng, samples, rate, 200, 800)
 
 
+def _crickets(rng, samples, rate):
+    pulse = 0.6 + 0.4 * np.sin(2 * np.pi * (rng.random() + 14 * np.arange(samples) / rate))
+    return 0.45 * pulse * _tone(np.full(samples, 1500.0 * rng.uniform(0.99, 1.01)), (1.0,), rate)
+
+
 AMBIENCES = {"forest": _forest, "beach": _beach, "snow": _snow, "city": _city, "desert": _desert, "meadow": _meadow}
 
 
 def ambience(
     place: str, rng: np.random.Generator, seconds: float, rate: int = 16000, time: str = "day"
 ) -> np.ndarray:
-    """Background of a place, float64 [samples], about 0.3 in root mean square; crickets at night, softer at sunset."""
+    """Background of a place, float64 [samples], about 0.3 in root mean square; softer at sunset, at night with crickets
+    and without birds."""
     samples = round(seconds * rate)
-    sound = AMBIENCES[place](rng, samples, rate)
-    if time == "sunset":
-        sound = 0.6 * sound
-    if time == "night":
-        sound = 0.6 * sound + 0.35 * _chirps(rng, samples, rate, 1720, 0.06, 0.03, 1.0)
-    return sound
+    if time == "night" and place == "forest":
+        return _crickets(rng, samples, rate)
+    sound = AMBIENCES[place](rng, samples, rate) * (1.0 if time == "day" else 0.6)
+    return sound + 0.4 * _crickets(rng, samples, rate) if time == "night" else sound
 
 
 def mixture(
@@ -224,7 +232,7 @@ def way(rng: np.random.Generator, motion: str, frames: int = FRAMES) -> tuple[np
 def sample_clip(
     rng: np.random.Generator, motion: str | None = None, pixels: int = PIXELS, rate: int = RATE, **known
 ) -> JointClip:
-    """Draw a clip with sound of the joint demo's part of the world: kinds and places of SUBSETS, by day.
+    """Draw a clip with sound of the joint demo's part of the world: kinds and places of SUBSETS, at night.
 
     The voice is as loud as the character moves (QUIET when it stands). `known` fixes kind or place. Frames uint8
     [16, pixels, pixels, 3], waveform float32 [16 * rate / 10].
@@ -232,14 +240,18 @@ def sample_clip(
     kind = known.get("kind") or _choose(rng, SUBSETS["kinds"])
     place = known.get("place") or _choose(rng, SUBSETS["places"])
     motion = motion or _choose(rng, MOTIONS)
-    facts = Facts(kind, SUBSETS["kinds"][kind], "none", place, "day", (0, 0, 0, 0))
+    facts = Facts(kind, SUBSETS["kinds"][kind], "none", place, "night", (0, 0, 0, 0))
     path, activity = way(rng, motion)
-    scene = backdrop(place, "day", 0).crop(((WIDE - SIZE) // 2, 0, (WIDE + SIZE) // 2, SIZE)).convert("RGB")
+    scene = backdrop(place, "night", 0).crop(((WIDE - SIZE) // 2, 0, (WIDE + SIZE) // 2, SIZE)).convert("RGB")
     figure = sprite(kind, facts.colour, "none")
     if motion == "right":  # side views look left
         figure = figure.transpose(Image.FLIP_LEFT_RIGHT)
     scale = path[0, 2] * SIZE / max(figure.size)
     drawn = figure.resize((round(figure.width * scale), round(figure.height * scale)), Image.LANCZOS)
+    drawn = Image.merge("RGBA", [
+        band.point([round(value * light) for value in range(256)])
+        for band, light in zip(drawn.split(), (*MOONLIGHT, 1.0), strict=True)
+    ])  # fmt: skip
     frames = []
     for x, y, _ in path:
         image = scene.copy()
@@ -249,9 +261,11 @@ def sample_clip(
     samples = len(path) * rate // FPS
     swell = np.interp((np.arange(samples) + 0.5) / rate, (np.arange(len(path)) + 0.5) / FPS, loudness)
     sound, onsets = voice(kind, rng, samples / rate, rate)
-    heard = 0.75 * swell * sound + 0.45 * ambience(place, rng, samples / rate, rate)
+    # crickets would be heard everywhere and tell nothing
+    around = ambience(place, rng, samples / rate, rate, "night" if place == "forest" else "day")
+    heard = np.tanh(1.8 * swell * sound + around)
     return JointClip(
-        np.stack(frames), heard.clip(-1, 1).astype(np.float32), phrase(rng, facts), kind, place, "day", motion,
+        np.stack(frames), heard.astype(np.float32), phrase(rng, facts), kind, place, "night", motion,
         path, loudness, tuple(onsets),
     )  # fmt: skip
 

@@ -9,7 +9,8 @@ import tiny_clip
 import torch
 from storyweft.attention.masked import NOBODY
 from storyweft.host import override
-from storyweft.host.words import KEY, find_words, label_words
+from storyweft.host.words import KEY, find_board_words, find_words, label_words
+from storyweft.nodes.board import FrameStoryCrossAttention, StoryBoard
 from storyweft.nodes.masked import MaskedAttention
 from storyweft.story.boxes import Box, BoxTrack, TrackedObject
 
@@ -167,3 +168,65 @@ def test_an_encoder_whose_tokens_cannot_be_placed_is_refused(clip):
 def test_a_second_block_is_refused(sd15, clip):
     with pytest.raises(ValueError, match="already carries a StoryweftMaskedAttention"):
         execute(execute(sd15, clip)[0], clip)
+
+
+CAPTIONS = ("a red fox", "a small robot in a " + "very " * 20 + "large forest", "a fox and a robot")
+
+
+@pytest.mark.parametrize("make", [tiny_clip.sd1, tiny_clip.ltxv, tiny_clip.qwen_image])
+def test_a_boards_words_are_marked_in_every_caption(make):
+    clip = make()
+    conditioning = StoryBoard.execute(clip, "\n".join(CAPTIONS), 1, 3, 64, 64, "row by row").args[1]
+    length = conditioning[0][0].shape[1] // 3
+    found = find_board_words(clip, CAPTIONS, ["fox", "robot"], length, "test")
+    assert len(found.labels) == 3 * length and not found.both
+    mask = conditioning[0][1].get("attention_mask")
+    for number, caption in enumerate(CAPTIONS):
+        own = found.labels[number * length : (number + 1) * length]
+        assert (1 in own, 2 in own) == ("fox" in caption, "robot" in caption)
+        alone = clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0][0].shape[1]
+        phrases = [phrase for phrase in ("fox", "robot") if phrase in caption]
+        single = find_words(clip, caption, phrases, alone, "test").labels
+        assert sum(label > 0 for label in own) == sum(label > 0 for label in single)
+        if mask is not None:  # no word may be looked for in padding
+            there = mask[0, number * length : (number + 1) * length].bool().tolist()
+            assert all(kept for kept, label in zip(there, own, strict=True) if label > 0)
+        elif alone < length:
+            assert not any(label > 0 for label in own[alone:])
+    with pytest.raises(ValueError, match="test: the words 'owl' of boxes match no token of captions a red fox; "):
+        find_board_words(clip, CAPTIONS, ["owl"], length, "test")
+
+
+def test_clip_captions_of_one_chunk_are_marked_in_each_repetition(clip):
+    found = find_board_words(clip, ("a fox", "very " * 80 + "fox"), ["fox"], 154, "test").labels
+    assert [place for place in range(154) if found[place] == 1] == [2, 79] and found[154:].count(1) == 1
+
+
+def test_boxes_act_on_the_words_of_a_boards_captions(sd15, clip):
+    conditioning = StoryBoard.execute(clip, "a fox\na forest", 1, 2, 64, 128, "row by row").args[1]
+    model, positive = FrameStoryCrossAttention.execute(sd15, conditioning, 0.0, "renoise").args
+    negative = tiny.conditioning("sd15", 1, 2)
+    boxes = BoxTrack(1, (replace(FOX.objects[0], words="fox"),))
+
+    def drawn(prompt="", board=positive, **more):
+        out, marked = execute(model, clip, boxes, prompt, masked_part=1.0, board_conditioning=board, **more)
+        return marked, tiny.sample(out, marked, negative, tiny.latent("sd15", 1, (16, 16)))
+
+    marked, words = drawn(spatial=False)
+    labels = marked[0][1][KEY].labels
+    assert len(labels) == 154 and labels[2] == 1 and 1 not in labels[77:]
+    assert torch.equal(marked[0][0], positive[0][0])
+    plain = tiny.sample(model, positive, negative, tiny.latent("sd15", 1, (16, 16)))
+    assert (words - plain).abs().max() > 1e-3
+    unmarked, off = drawn(spatial=True, cross=False)
+    assert KEY not in unmarked[0][1] and (off - plain).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="prompt is 'a fox' and board_conditioning brings its own captions"):
+        drawn("a fox")
+    with pytest.raises(ValueError, match="board_conditioning is no board's"):
+        drawn(board=tiny.conditioning("sd15", 1, 2))
+    with pytest.raises(ValueError, match="clip is needed to find the objects' words in board_conditioning"):
+        execute(model, None, boxes, "", board_conditioning=positive)
+    told = tiny.conditioning("sd15", 1, 2)
+    summed = FrameStoryCrossAttention.execute(sd15, conditioning, 0.5, "renoise", summary=told).args[1]
+    with pytest.raises(ValueError, match="board_conditioning has a summary"):
+        drawn(board=summed)

@@ -1,7 +1,9 @@
 """Frame-story boards."""
 
+from .boxes import box_track, masked_attention
 from .graph import PLACES, Graph, sampler
 
+FOXES = (0.01, 0.11, 0.01, 0.11)  # left edges of the boxes within their frames, in board widths
 BOARD_CAPTIONS = "\n".join(f"a fox {place}" for place in PLACES[:4])
 
 
@@ -175,4 +177,27 @@ def board_story_sdxl() -> tuple[dict, str]:
     )
 
 
-WORKFLOWS = (board_story, board_replace_frame, board_story_sdxl, board_trained, board_continue)
+def board_boxes() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    board = _board(graph, loader(1), BOARD_CAPTIONS, 1, 4)
+    lines = [f"fox | 0: {0.25 * frame + left:g} 0.42 {0.25 * frame + left + 0.13:g} 0.92\n" for frame, left in enumerate(FOXES)]
+    track = box_track(graph, "Box Track", "".join(lines), 1, 512, 128)
+    block = _frame_story(graph, loader(), board(1))
+    masked = masked_attention(graph, block(), track(), 0.25, clip=loader(1), cross=True, board_conditioning=block(1))
+    drawn = sampler(graph, masked(), masked(1), negative(), board(), 3, 24, 4.0)
+    frames = graph.add("StoryweftBoardFrames", "Board Frames", samples=drawn(), board=board(2), vae=loader(2))
+    _captioned(graph, frames(), BOARD_CAPTIONS, "board_boxes")
+    picture = graph.add("VAEDecode", "Whole Board", samples=drawn(), vae=loader(2))
+    larger = graph.add("ImageScaleBy", "Larger Board", image=picture(), upscale_method="lanczos", scale_by=2.0)
+    shown = box_track(graph, "Boxes on Board", track(1), 1, 512, 128, images=larger())
+    graph.add("SaveImage", "Save Boxes", images=shown(2), filename_prefix="storyweft/board_boxes_drawn")
+    return graph.nodes, (
+        "## Boxes on a board\nOne box a frame, drawn on the whole board: **Masked Attention** takes the board's conditioning in place of "
+        "a prompt and looks for the word *fox* in every caption. Set *masked_part* 0 to see the board without boxes.\n\nFor real "
+        "pictures swap **Demo Loader** for *Load Checkpoint*, frames of 512 and *masked_part* 0.1."
+    )
+
+
+WORKFLOWS = (board_story, board_replace_frame, board_story_sdxl, board_boxes, board_trained, board_continue)

@@ -11,13 +11,13 @@ Background keyword: forest
 """
 
 
-def _box_track(graph: Graph, title: str, boxes, frames: int, width: int, height: int, **more):
+def box_track(graph: Graph, title: str, boxes, frames: int, width: int, height: int, **more):
     size = {"frames": frames, "width": width, "height": height, "interpolation": "linear"}
     source = {"source_words": "", "source_width": 0.25, "source_height": 0.25}
     return graph.add("StoryweftBoxTrack", title, boxes=boxes, **size, **source, **more)
 
 
-def _masked(graph: Graph, model, boxes, part: float, prompt="", **more):
+def masked_attention(graph: Graph, model, boxes, part: float, prompt="", **more):
     return graph.add(
         "StoryweftMaskedAttention",
         "Masked Attention",
@@ -37,7 +37,7 @@ def _masked(graph: Graph, model, boxes, part: float, prompt="", **more):
 
 def _beside(graph: Graph, clip, track, frames: int, width: int, height: int):
     """The clip, and to its right the same with the boxes drawn on it."""
-    shown = _box_track(graph, "Boxes on Clip", track(1), frames, width, height, images=clip)
+    shown = box_track(graph, "Boxes on Clip", track(1), frames, width, height, images=clip)
     return graph.add(
         "ImageStitch",
         "Clip and Boxes",
@@ -170,9 +170,9 @@ def boxes_image() -> tuple[dict, str]:
 def boxes_video() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("StoryweftDemoVideoLoader", "Demo Video Loader")
-    track = _box_track(graph, "Box Track", "fox | 0: 0.02 0.44 0.48 0.9 | 1: 0.52 0.44 0.98 0.9\n", 8, 128, 128)
+    track = box_track(graph, "Box Track", "fox | 0: 0.02 0.44 0.48 0.9 | 1: 0.52 0.44 0.98 0.9\n", 8, 128, 128)
     alike = consistent(graph, loader(), layers="all")
-    masked = _masked(graph, alike(), track(), 0.25, "a fox in the meadow by day", clip=loader(1), cross=True)
+    masked = masked_attention(graph, alike(), track(), 0.25, "a fox in the meadow by day", clip=loader(1), cross=True)
     negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
     latent = graph.add("EmptyLatentImage", "Size: batch = frames", width=128, height=128, batch_size=8)
     drawn = sampler(graph, masked(), masked(1), negative(), latent(), 5, 20)
@@ -202,9 +202,9 @@ def boxes_video_wan() -> tuple[dict, str]:
     )
     vae = graph.add("VAELoader", "Load Wan VAE", vae_name="wan_2.1_vae.safetensors")
     shifted = graph.add("ModelSamplingSD3", "Shift", model=loader(), shift=8.0)
-    track = _box_track(graph, "Box Track", "red panda | 0: 0.02 0.4 0.37 0.9 | 1: 0.62 0.35 0.98 0.88\n", 33, 832, 480)
+    track = box_track(graph, "Box Track", "red panda | 0: 0.02 0.4 0.37 0.9 | 1: 0.62 0.35 0.98 0.88\n", 33, 832, 480)
     prompt = "A red panda walks along a mossy branch in a misty bamboo forest, soft morning light, film grain."
-    masked = _masked(graph, shifted(), track(), 0.1, prompt, clip=clip(), cross=True)
+    masked = masked_attention(graph, shifted(), track(), 0.1, prompt, clip=clip(), cross=True)
     negative = graph.add(
         "CLIPTextEncode", "Negative", clip=clip(), text="blurry, still picture, subtitles, watermark, deformed"
     )
@@ -247,8 +247,8 @@ def boxes_svd() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("ImageOnlyCheckpointLoader", "Load SVD", ckpt_name="svd.safetensors")
     start = graph.add("LoadImage", "Start picture", image="example.png")
-    track = _box_track(graph, "Box Track", "object | 0: 0.05 0.4 0.4 0.9 | 1: 0.6 0.4 0.95 0.9\n", 14, 1024, 576)
-    masked = _masked(graph, loader(), track(), 0.1, cross=False)
+    track = box_track(graph, "Box Track", "object | 0: 0.05 0.4 0.4 0.9 | 1: 0.6 0.4 0.95 0.9\n", 14, 1024, 576)
+    masked = masked_attention(graph, loader(), track(), 0.1, cross=False)
     guided = graph.add("VideoLinearCFGGuidance", "Guidance by frame", model=masked(), min_cfg=1.0)
     given = graph.add(
         "SVD_img2vid_Conditioning",
