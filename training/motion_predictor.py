@@ -162,9 +162,8 @@ class Film(Embeddings):
         return (v - (a.sqrt() * noise - (1 - a).sqrt() * clean).to(device)).square().mean()
 
     def tensors(self):
-        found = super().tensors()  # without the names the modules have here
-        own = {key.removeprefix("predictor."): value for key, value in found.items() if key.startswith("predictor.")}
-        return own | {key.removeprefix("adapter."): v for key, v in found.items() if key.startswith("adapter.")}
+        super().tensors()  # measures the predictor
+        return self.model.predictor.state_dict() | self.model.adapter.state_dict()
 
     def show(self, model) -> Image.Image:
         """Held-out clips as drawn by the generator, and under each what the model makes of its ends (DDIM, CFG 4)."""
@@ -292,6 +291,7 @@ def main() -> None:
     found, latents, captions = data(args, encoder)
     sizes = FULL if args.encoder else {key: value for key, value in DEMO.items() if key != "dim"}
     predictor, beside = load_predictor(args.start, found.shape[2], sizes, args.seed)
+    predictor.requires_grad_(not (args.adapter_only and args.stage == "video"))
     pinned = not args.free
     if args.stage == "video":
         task = film_task(args, predictor, beside, found, latents, captions, encoder, pinned)
