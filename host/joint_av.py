@@ -123,8 +123,11 @@ def with_settings(model, shift: str, clip: bool):
     return model
 
 
-def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-    """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts."""
+def check_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts.
+
+    What the noise mask keeps comes back bit for bit once a run has taken all noise away; some samplers miss it by 1e-3.
+    """
     guider, shapes = executor.class_obj, kwargs["latent_shapes"]
     model = guider.model_patcher.model
     check_latents(shapes, latent_image, model)
@@ -143,7 +146,11 @@ def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
             f"{LOADER}: the latent has {shapes[0][2]} frames and {shapes[1][2]} samples, the model was trained on "
             f"{model.media.frames} and {model.media.samples}."
         )
-    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    to_the_end = bool(sigmas[-1] == 0)  # uni_pc changes the sigmas it is given
+    drawn = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    if denoise_mask is None or not to_the_end:
+        return drawn
+    return torch.where(denoise_mask.to(drawn.device) == 0, latent_image.to(drawn), drawn)
 
 
 def check_latents(shapes, latent_image, model: JointAVModel) -> None:
@@ -190,7 +197,10 @@ def patched(config: PixelConfig, make, weights: dict[str, torch.Tensor], source:
         )
     cast = management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
-    model = make(device=offload)
+    try:
+        model = make(device=offload)
+    except ValueError as error:
+        raise ValueError(f"{LOADER}: {source}: {error}") from error
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=offload)
     try:
