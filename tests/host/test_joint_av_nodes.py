@@ -51,7 +51,7 @@ def test_pictures_and_sound_come_back(model):
     frames, audio = picture(), tone()
     (latent,) = call(media.EncodeJointLatent, model, "both", images=frames, audio=audio, fps=10.0)
     assert [tuple(half.shape) for half in halves(latent)] == [(1, 3, 4, 8, 8), (1, 1, 80)]
-    images, sound, videos, fps = call(media.DecodeJointLatent, latent)
+    images, sound, videos, fps = call(media.DecodeJointLatent, latent, 0.0, 200)
     assert (images - frames).abs().max() < 1 / 254 and fps == 10.0
     assert torch.equal(sound["waveform"], audio["waveform"]) and sound["sample_rate"] == 200
     parts = videos[0].get_components()
@@ -83,10 +83,23 @@ def test_every_clip_of_a_batch_becomes_a_video(model):
     (empty,) = call(media.EmptyJointLatent, model, 3)
     samples = NestedTensor([half + number for number, half in enumerate(halves(empty))])
     samples.tensors[1] = samples.tensors[1] * torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
-    images, sound, videos, _ = call(media.DecodeJointLatent, {**empty, "samples": samples})
+    images, sound, videos, _ = call(media.DecodeJointLatent, {**empty, "samples": samples}, 0.0, 200)
     assert images.shape == (12, 8, 8, 3) and len(videos) == 3
     assert [one.get_components().audio["waveform"].max().item() for one in videos] == [0.5, 1.0, 1.0]
     assert sound["waveform"].shape == (3, 1, 80)
+
+
+def test_a_rate_that_files_cannot_hold_is_raised(model, tmp_path):
+    (latent,) = call(media.EncodeJointLatent, model, "both", images=picture(4, 64, 64), audio=tone())
+    latent["samples"].tensors[0] = latent["samples"].tensors[0].repeat_interleave(8, -1).repeat_interleave(8, -2)
+    _, sound, videos, _ = call(media.DecodeJointLatent, latent)
+    assert sound["sample_rate"] == 8000 and sound["waveform"].shape == (1, 1, 3200)
+    assert (sound["waveform"][..., ::40] - halves(latent)[1])[..., 8:-8].abs().max() < 0.02
+    videos[0].save_to(str(tmp_path / "clip.mp4"))
+    again = InputImpl.VideoFromFile(str(tmp_path / "clip.mp4")).get_components()
+    assert len(again.images) == 4 and again.frame_rate == 10 and again.audio["waveform"].abs().max() > 0.2
+    published = {**latent, "sample_rate": 16000}
+    assert torch.equal(call(media.DecodeJointLatent, published)[1]["waveform"], halves(latent)[1])
 
 
 def test_cores_own_nodes_split_and_join_the_pair(model):

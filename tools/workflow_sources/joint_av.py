@@ -2,7 +2,7 @@
 
 from .graph import Graph
 
-STEPS = 100
+STEPS = 50
 SWAP = "For real clips put **Load Joint Audio-Video Model** with a published MM-Diffusion checkpoint in the demo model's place."
 
 
@@ -20,7 +20,7 @@ def decoded(graph: Graph, latent, title="Decode"):
 def saved(graph: Graph, made, name: str, title="Save Clip"):
     """One clip, its frames made larger, with its sound."""
     larger = graph.add("ImageScaleBy", "Larger", image=made(0), upscale_method="lanczos", scale_by=8.0)
-    video = graph.add("CreateVideo", "Frames and Sound", images=larger(), fps=made(3), audio=made(1))
+    video = graph.add("CreateVideo", "Frames and Sound", images=larger(), fps=made(3), audio=made(1), bit_depth=8)
     save_video(graph, video(), name, title)
 
 
@@ -39,7 +39,9 @@ def first_clip(graph: Graph, seed: int):
     empty = graph.add(
         "StoryweftEmptyJointLatent", "Empty Clip", model=loader(), batch_size=1, frames=0, width=0, height=0
     )
-    drawn = sampled(graph, loader(), empty(), "video and sound", seed, "Draw a Clip to Start From")
+    drawn = sampled(
+        graph, loader(), empty(), "video and sound", seed, "Draw a Clip to Start From", method="ddim", steps=25
+    )
     return loader, decoded(graph, drawn(), "Decode the First Clip")
 
 
@@ -49,7 +51,7 @@ def joint_av() -> tuple[dict, str]:
     empty = graph.add(
         "StoryweftEmptyJointLatent", "Two Empty Clips", model=loader(), batch_size=2, frames=0, width=0, height=0
     )
-    drawn = sampled(graph, loader(), empty(), "video and sound", 3, "Draw Both Together")
+    drawn = sampled(graph, loader(), empty(), "video and sound", 3, "Draw Both Together", method="ddim", steps=25)
     made = decoded(graph, drawn())
     save_video(graph, made(2), "joint_av", "Save Every Clip")
     return graph.nodes, (
@@ -140,7 +142,7 @@ def av_super_resolution() -> tuple[dict, str]:
         positive=frames(0), negative=frames(0), sampler=euler(), sigmas=ddim(), latent_image=frames(1),
     )  # fmt: skip
     large = graph.add("StoryweftFramesToImages", "Frames to Images", latent=enlarged())
-    video = graph.add("CreateVideo", "Frames and Sound", images=large(), fps=small(3), audio=small(1))
+    video = graph.add("CreateVideo", "Frames and Sound", images=large(), fps=small(3), audio=small(1), bit_depth=8)
     save_video(graph, video(), "av_super_resolution")
     return graph.nodes, (
         "## Clips of 256 x 256 pixels\nMM-Diffusion's two models one after the other: pictures of 64 x 64 with sound, then every "
