@@ -32,7 +32,7 @@ RANDOM, FIXED, OFF = "random", "fixed per run", "off"
 SHIFTS = (RANDOM, FIXED, OFF)
 UNCONDITIONAL = "storyweft_unconditional"  # mark of a conditioning that says there is no prompt
 DTYPES = {"default": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-FEATURES = 12  # tensors of the widest features that are alive at once, for the memory estimate
+FEATURES = 8  # tensors of the widest features that are alive at once (6.4 counted in float16), for the memory estimate
 
 
 class Media(NamedTuple):
@@ -84,7 +84,10 @@ class JointDenoiser(JointUNet):
         mode = transformer_options.get(SHIFT, RANDOM)
         moment = "" if mode == FIXED else f" {timestep.flatten()[0].item():.3f}"
         shifts = no_shift if mode == OFF else RandomShifts(f"{seed}{moment}")
-        return super().forward(x[0], x[1], timestep, shifts)
+        noises = super().forward(x[0], x[1], timestep, shifts)
+        if not all(half.isfinite().all() for half in noises):  # dpm_adaptive would never end
+            raise ValueError(f"{LOADER}: the model answers with numbers that are not finite; try another weight_dtype")
+        return noises
 
 
 class JointAVModel(comfy.model_base.BaseModel):

@@ -94,6 +94,16 @@ def test_every_core_sampler_draws_both_halves(model, name):
     assert out["fps"] == 10.0 and out["sample_rate"] == 200
 
 
+def test_the_adaptive_sampler_ends_also_when_the_model_breaks(empty):
+    out = sampled(tiny_joint(), joint_media.empty(tiny_joint(), 1, 0, 0, 0), "dpm_adaptive", steps=2)
+    assert all(half.isfinite().all() for half in halves(out))
+    broken = tiny_joint()
+    with torch.no_grad():
+        broken.model.diffusion_model.video_out[-1].video_conv.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="StoryweftJointAVLoader: the model answers with numbers that are not finite"):
+        sampled(broken, empty, "dpm_adaptive")
+
+
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "ddpm", "uni_pc"])
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_masked_half_comes_back_bit_for_bit(model, empty, name, half):
