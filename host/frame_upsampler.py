@@ -18,7 +18,7 @@ KEY = "storyweft_frame_upsampler"
 SMALL = "storyweft_small_frames"  # conditioning entry: frames [F, 3, h, w] in [-1, 1]
 FACTOR = 4
 FRAMES_AT_ONCE = 4
-FEATURES = 40  # tensors of the widest features that are alive at once, for the memory estimate
+FEATURES = 16  # tensors of the widest features that are alive at once (13 counted in float16), for the memory estimate
 
 
 class FrameConfig(PixelConfig):

@@ -32,7 +32,7 @@ RANDOM, FIXED, OFF = "random", "fixed per run", "off"
 SHIFTS = (RANDOM, FIXED, OFF)
 UNCONDITIONAL = "storyweft_unconditional"  # mark of a conditioning that says there is no prompt
 DTYPES = {"default": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-FEATURES = 12  # tensors of the widest features that are alive at once, for the memory estimate
+FEATURES = 8  # tensors of the widest features that are alive at once (6.4 counted in float16), for the memory estimate
 
 
 class Media(NamedTuple):
@@ -84,7 +84,10 @@ class JointDenoiser(JointUNet):
         mode = transformer_options.get(SHIFT, RANDOM)
         moment = "" if mode == FIXED else f" {timestep.flatten()[0].item():.3f}"
         shifts = no_shift if mode == OFF else RandomShifts(f"{seed}{moment}")
-        return super().forward(x[0], x[1], timestep, shifts)
+        noises = super().forward(x[0], x[1], timestep, shifts)
+        if not all(half.isfinite().all() for half in noises):  # dpm_adaptive would never end
+            raise ValueError(f"{LOADER}: the model answers with numbers that are not finite; try another weight_dtype")
+        return noises
 
 
 class JointAVModel(comfy.model_base.BaseModel):
@@ -123,8 +126,11 @@ def with_settings(model, shift: str, clip: bool):
     return model
 
 
-def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-    """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts."""
+def check_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts.
+
+    What the noise mask keeps comes back bit for bit once a run has taken all noise away; some samplers miss it by 1e-3.
+    """
     guider, shapes = executor.class_obj, kwargs["latent_shapes"]
     model = guider.model_patcher.model
     check_latents(shapes, latent_image, model)
@@ -143,7 +149,11 @@ def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
             f"{LOADER}: the latent has {shapes[0][2]} frames and {shapes[1][2]} samples, the model was trained on "
             f"{model.media.frames} and {model.media.samples}."
         )
-    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    to_the_end = bool(sigmas[-1] == 0)  # uni_pc changes the sigmas it is given
+    drawn = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    if denoise_mask is None or not to_the_end:
+        return drawn
+    return torch.where(denoise_mask.to(drawn.device) == 0, latent_image.to(drawn), drawn)
 
 
 def check_latents(shapes, latent_image, model: JointAVModel) -> None:
@@ -190,7 +200,10 @@ def patched(config: PixelConfig, make, weights: dict[str, torch.Tensor], source:
         )
     cast = management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
-    model = make(device=offload)
+    try:
+        model = make(device=offload)
+    except ValueError as error:
+        raise ValueError(f"{LOADER}: {source}: {error}") from error
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=offload)
     try:

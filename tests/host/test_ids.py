@@ -45,6 +45,21 @@ def test_ids_that_were_released_stay():
         "StoryweftSemanticMotionPredictor",
         "StoryweftLoadMotionPredictor",
         "StoryweftKeyframeLatent",
+        "StoryweftJointAVLoader",
+        "StoryweftDemoJointAVLoader",
+        "StoryweftJointAVSettings",
+        "StoryweftNoPrompt",
+        "StoryweftRandomShiftAVSampler",
+        "StoryweftEmptyJointLatent",
+        "StoryweftEncodeJointLatent",
+        "StoryweftDecodeJointLatent",
+        "StoryweftJointTimeMask",
+        "StoryweftDDPMSampler",
+        "StoryweftDPMSolverSampler",
+        "StoryweftRespacedSigmas",
+        "StoryweftFrameUpsamplerLoader",
+        "StoryweftUpscaleFrames",
+        "StoryweftFramesToImages",
     }
 
 

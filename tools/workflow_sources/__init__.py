@@ -3,3 +3,6 @@
 from . import board, boxes, demo, motion, story, style, subject
 
 WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subject, motion, demo) for made in part.WORKFLOWS}
+from . import board, boxes, demo, joint_av, story, style, subject
+
+WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subject, joint_av, demo) for made in part.WORKFLOWS}
