@@ -40,7 +40,8 @@ def loaded(path: Path) -> tuple[JointUNet, dict, dict]:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     settings = json.loads(metadata["config"])
-    model = JointUNet(**configuration(tensors), windows=settings["windows"], head_channels=settings["head_channels"])
+    lacking = {name: settings[name] for name in ("windows", "head_channels", "groups")}
+    model = JointUNet(**configuration(tensors), **lacking)
     model.load_state_dict(tensors)
     return model.train(False).requires_grad_(False), settings, metadata
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ..attention.core import attend
-from .joint_unet import GROUPS, sinusoid
+from .joint_layers import GROUPS, at_least_single
+from .joint_unet import sinusoid
 
 
 def normed(layer: nn.Module, x: Tensor) -> Tensor:
-    """Group norm in float32 whatever the features' type."""
-    return layer(x.float()).to(x.dtype)
+    """Group norm in float32 or better whatever the features' type."""
+    return layer(at_least_single(x)).to(x.dtype)
 
 
 class FrameBlock(nn.Module):

@@ -11,90 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate
 
-from ..attention.core import attend, merge_heads, split_heads
 from ..attention.cross_modal import Shifts, cross_modal_attention, listed_shifts, no_shift
+from .joint_layers import GROUPS, AudioConv, Norm, Reshaped, SelfAttention, VideoConv, VideoPoint
 
-GROUPS = 32
 DILATIONS = 10  # the audio dilation of block n is 2 ** (n % DILATIONS)
-
-
-class Reshaped(nn.Module):
-    """Layers whose published weight has another shape than the faster layer used here: {layer: kernel shape}."""
-
-    kernels: dict[str, tuple[int, ...]]
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for name, kernel in self.kernels.items():
-            key = f"{prefix}{name}.weight"
-            if key in state_dict:
-                weight = state_dict[key]
-                state_dict[key] = weight.reshape(*weight.shape[:2], *kernel)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class Norm(nn.Module):
-    """Group norm with 32 groups in float32, whatever the features' type."""
-
-    def __init__(self, channels: int, operations, device):
-        super().__init__()
-        self.GroupNorm = operations.GroupNorm(GROUPS, channels, eps=1e-5, device=device, dtype=torch.float32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.GroupNorm(x.float()).to(x.dtype)
-
-
-class VideoConv(Reshaped):
-    """3 x 3 on every frame, then 3 along time at every pixel ("2d+1d"), [B, I, F, H, W] -> [B, C, F, H, W]."""
-
-    kernels = {"video_conv_temporal": (3, 1)}
-
-    def __init__(self, before: int, channels: int, operations, **place):
-        super().__init__()
-        self.video_conv_spatial = operations.Conv2d(before, channels, 3, padding=1, **place)
-        self.video_conv_temporal = operations.Conv2d(channels, channels, (3, 1), padding=(1, 0), **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        clips, _, frames, height, width = x.shape
-        x = self.video_conv_spatial(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (clips, frames)).transpose(1, 2)
-        return self.video_conv_temporal(x.flatten(3)).unflatten(3, (height, width))
-
-
-class VideoPoint(nn.Module):
-    """A 3-D convolution, same size out: kernel 1 inside blocks, 3 at the output."""
-
-    def __init__(self, before: int, channels: int, operations, kernel: int = 1, **place):
-        super().__init__()
-        self.video_conv = operations.Conv3d(before, channels, kernel, padding=kernel // 2, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.video_conv(x)
-
-
-class AudioConv(nn.Module):
-    def __init__(self, before: int, channels: int, operations, kernel: int = 3, dilation: int = 1, **place):
-        super().__init__()
-        padding = dilation * (kernel // 2)
-        self.audio_conv = operations.Conv1d(before, channels, kernel, padding=padding, dilation=dilation, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.audio_conv(x)
-
-
-class SelfAttention(Reshaped):
-    """Attention of the last axis to itself with residual, [rows, C, tokens]; queries, keys, values first, then heads."""
-
-    kernels = {"qkv": (), "proj_out": ()}
-
-    def __init__(self, channels: int, heads: int, operations, **place):
-        super().__init__()
-        self.heads = heads
-        self.norm = Norm(channels, operations, place.get("device"))
-        self.qkv = operations.Linear(channels, 3 * channels, **place)
-        self.proj_out = operations.Linear(channels, channels, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm(x).transpose(1, 2)).chunk(3, -1))
-        return x + self.proj_out(merge_heads(attend(q, k, v, None))).transpose(1, 2)
 
 
 class CoupledBlock(nn.Module):
@@ -245,7 +165,8 @@ class JointUNet(nn.Module):
 
     `windows` are in frames, one for every entry of `cross_attention_resolutions` (how often the size was halved, as a
     factor 1, 2, 4, 8). All sizes are free as long as H and W divide by 2 ** (levels - 1), L by 4 ** (levels - 1), and
-    every level keeps a sample for each frame. Defaults are the published settings (133,675,524 parameters).
+    every level keeps a sample for each frame. Defaults are the published settings (133,675,524 parameters). `groups` of
+    the norms: with as many as channels no layer knows the mean colour of a clip, and samples get a tint of chance.
     """
 
     def __init__(
@@ -259,6 +180,7 @@ class JointUNet(nn.Module):
         audio_attention_resolutions: Iterable[int] = (),
         head_channels: int = 64,
         heads: int = 4,
+        groups: int = GROUPS,
         middle_cross: bool = True,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -319,6 +241,9 @@ class JointUNet(nn.Module):
             return []
         head_channels = self.options["head_channels"]
         return [CrossModalBlock(channels, head_channels, self.windows[factor], **self.options["place"])]
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = groups
 
     def start_quiet(self) -> None:
         """Zeroes what the authors start from zero: the last layer of every residual, attention and output."""
@@ -361,7 +286,8 @@ class JointUNet(nn.Module):
         """
         self.check(video, audio)
         shifts = shifts if callable(shifts) else listed_shifts(shifts)
-        emb = self.time_embed(sinusoid(t, self.model_channels))
+        emb = sinusoid(t, self.model_channels)
+        emb = self.time_embed(emb.to(torch.promote_types(video.dtype, emb.dtype)))
         entry = self.input_blocks[0][0]
         h = entry.video_conv(video), entry.audio_conv(audio)
         kept = [h]
@@ -376,7 +302,7 @@ class JointUNet(nn.Module):
 
 
 def configuration(weights: dict[str, Tensor]) -> dict:
-    """The arguments of JointUNet that weights tell; windows, head_channels and heads are not among them.
+    """The arguments of JointUNet that weights tell; windows, head_channels, heads and groups are not among them.
 
     ValueError when these are not the weights of a coupled U-Net.
     """

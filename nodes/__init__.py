@@ -2,9 +2,24 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apa, board, boxes, consistent, demo, masked, sampler, story, storyboard, style
+from . import (
+    apa,
+    board,
+    boxes,
+    consistent,
+    demo,
+    joint_av,
+    joint_av_media,
+    joint_av_parts,
+    masked,
+    sampler,
+    story,
+    storyboard,
+    style,
+)
 
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard, joint_av, joint_av_media,
+              joint_av_parts)
 
 
 class StoryweftExtension(ComfyExtension):

@@ -15,6 +15,7 @@ ALLOWED = {
     "metrics": {"torch", "numpy", "models"},
     "host": {
         "torch",
+        "torchaudio",
         "comfy",
         "folder_paths",
         "latent_preview",

@@ -6,8 +6,8 @@ both halves at one time, with a shift drawn for every cross-modal block at every
 `--weight-audio C` (0: as the paper) multiply a half's loss by min(1, C / SNR), scaled to mean 1 over all times, which
 spends less on small noise (min-SNR, arXiv 2303.09556): a short training has to learn what is seen and heard first.
 The published model: --frames 16 --size 64 --sound-rate 16000 --channels 128
---mult 1 2 3 4 --blocks 2 --cross 2 4 8 --windows 1 4 8 --attention 2 4 8 --head-channels 64 --weight-video 0
---weight-audio 0 --rate 1e-4 --batch 128.
+--mult 1 2 3 4 --blocks 2 --cross 2 4 8 --windows 1 4 8 --attention 2 4 8 --head-channels 64 --groups 32
+--weight-video 0 --weight-audio 0 --rate 1e-4 --batch 128.
 """
 
 import argparse
@@ -110,7 +110,7 @@ class Task(loop.Task):
         built = {
             "model_channels": args.channels, "channel_mult": args.mult, "num_res_blocks": args.blocks,
             "cross_attention_resolutions": args.cross, "windows": args.windows,
-            "video_attention_resolutions": args.attention, "head_channels": args.head_channels,
+            "video_attention_resolutions": args.attention, "head_channels": args.head_channels, "groups": args.groups,
         }  # fmt: skip
         samples = self.clips.samples * self.clips.length
         self.config = {
@@ -189,6 +189,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--windows", type=int, nargs="+", default=[1, 4], help="its windows in frames, one for each of --cross")
     add("--attention", type=int, nargs="+", default=[8], help="video self-attention where the size is 1 / N")
     add("--head-channels", type=int, default=16, help="channels of a head of the cross-modal attention")
+    add("--groups", type=int, default=8, help="groups of the norms; fewer than channels, or mean colours are not seen")
     add("--shift", default="random", choices=("random", "off"), help="shift of the cross-modal windows")
     add("--weight-video", type=float, default=0.005, help="C of the weight on the loss of pictures, 0: none")
     add("--weight-audio", type=float, default=0.03, help="C of the weight on the loss of sound, 0: none")

@@ -42,6 +42,21 @@ def test_ids_that_were_released_stay():
         "StoryweftLoadImageAdapter",
         "StoryweftSubject",
         "StoryweftDemoSubject",
+        "StoryweftJointAVLoader",
+        "StoryweftDemoJointAVLoader",
+        "StoryweftJointAVSettings",
+        "StoryweftNoPrompt",
+        "StoryweftRandomShiftAVSampler",
+        "StoryweftEmptyJointLatent",
+        "StoryweftEncodeJointLatent",
+        "StoryweftDecodeJointLatent",
+        "StoryweftJointTimeMask",
+        "StoryweftDDPMSampler",
+        "StoryweftDPMSolverSampler",
+        "StoryweftRespacedSigmas",
+        "StoryweftFrameUpsamplerLoader",
+        "StoryweftUpscaleFrames",
+        "StoryweftFramesToImages",
     }
 
 
