@@ -241,5 +241,5 @@ def load_demo_joint_av(folder: str | Path = WEIGHTS, disable_dynamic: bool = Fal
 def from_config(weights: dict[str, torch.Tensor], config: dict, disable_dynamic: bool = False):
     """A model from weights and the settings that a trainer records beside them."""
     media = Media(**{name: config[name] for name in Media._fields})
-    settings = {name: config[name] for name in ("windows", "head_channels", "heads") if name in config}
+    settings = {name: config[name] for name in ("windows", "head_channels", "heads", "groups") if name in config}
     return build(weights, "joint_av.safetensors", media, torch.float32, disable_dynamic, **settings)
