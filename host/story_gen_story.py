@@ -73,9 +73,11 @@ class StoryGenStory:
         digest.feed([FORMAT, fingerprint(self.model), vars(self.settings), self.latent, self.negative])
         digest.feed([self.weights.sites.modules(network), self.weights.sites.twice])
         feed_model(digest, self.model)
-        digest.feed(self.vae.first_stage_model)
+        for name, weight in sorted(self.vae.first_stage_model.state_dict().items()):
+            digest.feed(name)
+            digest.feed_weight(weight)
         if self.store is not None:
-            self.store.key(digest)
+            self.store.key(digest)  # notes what cannot be told apart
         return digest.text
 
     def draw(self) -> tuple[Tensor, str]:
@@ -95,7 +97,7 @@ class StoryGenStory:
                 if key is not None:
                     self.store.put(key, latent)
             done.append(latent)
-            if panel + 1 < len(self.prompts):
+            if self.settings.window and panel + 1 < len(self.prompts):
                 self._remember(panel, latent)
             progress.update_absolute((panel + 1) * self.settings.steps, total)
         if self.store is not None and self.store.unknown:

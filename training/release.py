@@ -20,7 +20,15 @@ from .video import temporal
 import comfy.ops  # isort: skip
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # isort: skip
 
-LIMITS = {"unet": 12e6, "video": 3e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6, "adapter": 0.6e6}  # bytes
+LIMITS = {  # bytes
+    "unet": 12e6,
+    "video": 3e6,
+    "autoencoder": 3.2e6,
+    "clip": 2e6,
+    "facts": 0.7e6,
+    "adapter": 0.6e6,
+    "storygen": 0.5e6,
+}
 
 
 @torch.no_grad()

@@ -415,9 +415,9 @@ def test_panels_are_stored_at_once_and_not_drawn_again(model, clip, vae, monkeyp
     latents, report = story(model, clip, vae, keep=True)
     assert drawn == [0, 1, 2, 2]
     assert report.splitlines()[:2] == [f"panel {n}: kept from an earlier run" for n in (1, 2)]
+    monkeypatch.setattr(story_gen_story.StoryGenStory, "_panel", original)
     fresh, _ = story(model, clip, vae)
     assert torch.equal(latents, fresh)
-    monkeypatch.setattr(story_gen_story.StoryGenStory, "_panel", original)
     _, report = story(model, clip, vae, "a fox\nan owl\na snail", keep=True)
     assert [line.split(": ")[1][:4] for line in report.splitlines()] == ["kept", "kept", "2 re"]
     _, report = story(model, clip, vae, keep=True, strength=0.9)
@@ -434,7 +434,7 @@ def test_fifty_panels_hold_no_more_than_three(model, clip, vae, monkeypatch):
         held.append((len(self.previous), len(self.encoded), pixels))
 
     monkeypatch.setattr(story_gen_story.StoryGenStory, "_remember", remember)
-    latents, report = story(model, clip, vae, "\n".join(["a fox", "an owl"] * 25), window=3, steps=1)
+    latents, report = story(model, clip, vae, "\n".join(["a fox", "an owl"] * 25), window=3, steps=1, image_scale=1.0)
     assert len(latents) == 50 and len(report.splitlines()) == 50
     assert set(held[3:]) == {held[3]} and held[3][:2] == (3, 3)
 
