@@ -42,6 +42,12 @@ def test_ids_that_were_released_stay():
         "StoryweftLoadImageAdapter",
         "StoryweftSubject",
         "StoryweftDemoSubject",
+        "StoryweftStoryGenLoader",
+        "StoryweftStoryGenWeights",
+        "StoryweftStoryGenReferences",
+        "StoryweftStoryGenGuider",
+        "StoryweftStoryGenStory",
+        "StoryweftReferenceAttention",
     }
 
 

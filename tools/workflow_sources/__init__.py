@@ -1,5 +1,5 @@
 """The example workflows as API graphs; tools/make_workflows.py turns them into what the page opens."""
 
-from . import board, boxes, demo, story, style, subject
+from . import board, boxes, demo, story, storygen, style, subject
 
-WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subject, demo) for made in part.WORKFLOWS}
+WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subject, storygen, demo) for made in part.WORKFLOWS}
