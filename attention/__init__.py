@@ -4,6 +4,7 @@ core.py         scaled dot-product attention as the default `attend`, head split
 masked.py       who may see whom by labels, as dense attentions of groups (PEEKABOO, arXiv 2312.07509)
 joined.py       own tokens and pieces of other rows, each once
 branches.py     cross-attention as a weighted sum of separate softmaxes
+story_gen.py    image attention beside the text's (StoryGen, arXiv 2306.00973)
 style.py        StyleAligned: AdaIN over tokens, shared group norms, choice of layers (arXiv 2312.02133)
 consistent.py   Consistent Self-Attention (StoryDiffusion, arXiv 2405.01434)
 

@@ -19,7 +19,10 @@ OTHER = 0x53746F727947656E  # turns a sampler's seed into another one
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """latent [1, C, h, w] as the VAE gives it and the entry [text, extras] of the conditioning that describes it."""
+    """latent [1, C, h, w] as the VAE gives it and the entry [text, extras] of the conditioning that describes it.
+
+    Both may have a row for each latent of the run instead, where every one has references of its own.
+    """
 
     latent: Tensor
     caption: list
