@@ -93,7 +93,7 @@ def storygen_portraits() -> tuple[dict, str]:
         text_scale=4.0,
         image_scale=2.0,
         strength=1.0,
-        noise_seed=0,
+        reference_seed=0,
         reference_range="as trained",
     )
     graph.add("PreviewAny", "What it takes", source=guider(1))
@@ -176,7 +176,7 @@ def reference_attention() -> tuple[dict, str]:
         references=references(),
         stage="multi-image-condition",
         strength=1.0,
-        noise_seed=0,
+        reference_seed=0,
     )
     graph.add("PreviewAny", "What it takes", source=model(1))
     positive = graph.add("CLIPTextEncode", "Prompt", clip=loader(1), text="an owl in the forest by day")
