@@ -59,7 +59,6 @@ class ReferencePasses:
 
     def __init__(self, run, noise):
         self.run, self.noise = run, noise
-        self.rows = 0  # latents that went through the model so far
         self._inputs: dict[Reference, tuple[Tensor, Tensor, dict]] = {}
         self._kept: dict[tuple[Reference, int], dict[tuple, Tensor]] = {}
 
@@ -110,7 +109,6 @@ class ReferencePasses:
         conds = comfy.samplers.cond_cat([given for _, _, given in inputs])
         options = {"patches": {"middle_patch": [capture]}, "cond_or_uncond": [0] * len(pairs)}
         base.apply_model(x, sigmas.repeat_interleave(items), **conds, transformer_options=options)
-        self.rows += len(x)
         for number, pair in enumerate(pairs):
             self._kept[pair] = {
                 site: found[number * items : (number + 1) * items] for site, found in capture.features.items()
@@ -145,4 +143,4 @@ def check_memory(run, needed: int, count: int, node_id: str) -> None:
 
 def memory_line(passes: int, latents: int, needed: int) -> str:
     many = f" for {latents} pictures" if latents > 1 else ""
-    return f"{passes} reference passes a step{many} keep {math.ceil(needed / 2**20 * 10) / 10} MiB"
+    return f"passes over references in a step: {passes}{many}, keeping {math.ceil(needed / 2**20 * 10) / 10} MiB"

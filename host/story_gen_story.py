@@ -134,7 +134,7 @@ class StoryGenStory:
             references = self._references(shown)
             rule = ReferenceRule(self.weights.sites, references, self.blank, stage, Noise(s.seed), s.strength)
             model = override.register(model, rule)
-            line = f"{len(references)} references, {stage}; {sizing(self.model, rule)}"
+            line = f"references: {len(references)}, {stage}; {sizing(self.model, rule)}"
         positive = [self.prompts[panel][1]]
         guider = make_guider(model, rule, positive, self.negative, s.text_scale, s.image_scale)
         preview = previewer(model)

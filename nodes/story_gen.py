@@ -246,7 +246,7 @@ class StoryGenGuider(io.ComfyNode):
             blank = pictures.grey(references[0], negative[0])
             rule = ReferenceRule(own.sites, encoded, blank, stage, Noise(reference_seed), strength)
             model = override.register(model, rule)
-            line = f"{len(encoded)} references, {stage}; {sizing(model, rule)}"
+            line = f"references: {len(encoded)}, {stage}; {sizing(model, rule)}"
         guider = make_guider(model, rule, positive, negative, text_scale, image_scale)
         return io.NodeOutput(guider, line)
 
@@ -309,7 +309,7 @@ class ReferenceAttention(io.ComfyNode):
             strength,
         )
         model = override.register(model, rule)
-        return io.NodeOutput(model, f"{len(references)} references, {stage}; {sizing(model, rule)}")
+        return io.NodeOutput(model, f"references: {len(references)}, {stage}; {sizing(model, rule)}")
 
 
 NODES = [StoryGenLoader, StoryGenWeightsNode, StoryGenReferences, StoryGenGuider, ReferenceAttention]

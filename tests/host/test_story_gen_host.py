@@ -252,7 +252,7 @@ def test_what_references_take_is_said_before_and_refused_when_it_does_not_fit(mo
     family, own = families.find(model, "test"), sg.rule(model, references, MULTI)
     state = own.start(None)
     expected = own.size_of(model.model, family, own.passes(), 2)
-    assert re.search(r"4 reference passes a step for 2 pictures keep ([\d.]+) MiB", caplog.text)
+    assert re.search(r"passes over references in a step: 4 for 2 pictures, keeping ([\d.]+) MiB", caplog.text)
     kept = {}
     original = type(state).ready
 

@@ -305,14 +305,14 @@ def test_no_references_runs_as_stage_no_and_says_so(model, caplog):
 def test_more_references_than_training_had_are_allowed_with_a_warning(model, clip, vae, caplog):
     _, report = guider(model, references(clip, vae, 4), MULTI)
     assert "4 references; the weights were trained with up to 3" in caplog.text
-    assert report.startswith("4 references, multi-image-condition; 5 reference passes a step keep ")
+    assert report.startswith("references: 4, multi-image-condition; passes over references in a step: 5, keeping ")
 
 
 def test_the_report_says_what_references_take(model, clip, vae):
     _, report = guider(model, references(clip, vae, 2))
     tokens = 8 * 12
     expected = 4 * (4 * tokens * 32 * 3 + 4 * tokens // 4 * 64 * 4)  # 3 sites of 32 channels, 4 of 64, 4 passes
-    assert report == "2 references, auto-regressive; 4 reference passes a step keep 0.3 MiB"
+    assert report == "references: 2, auto-regressive; passes over references in a step: 4, keeping 0.3 MiB"
     assert 0.2 < expected / 2**20 <= 0.3
 
 
@@ -340,7 +340,7 @@ def test_pixel_range_and_residual_follow_the_file(clip, vae):
 def test_reference_attention_needs_no_weights(clip, vae):
     patcher = tiny.build("sd15")
     changed, report = story_gen.ReferenceAttention.execute(patcher, references(clip, vae), MULTI, 1.0).args
-    assert report.startswith("1 references, multi-image-condition; 1 reference passes a step keep ")
+    assert report.startswith("references: 1, multi-image-condition; passes over references in a step: 1, keeping ")
     start = tiny.latent("sd15", 1)
     plain = tiny.sample(patcher, sg.POSITIVE, sg.NEGATIVE, start)
     assert not torch.allclose(tiny.sample(changed, sg.POSITIVE, sg.NEGATIVE, start), plain, atol=1e-3)
@@ -365,8 +365,8 @@ def test_a_story_reads_the_newest_panels_and_says_what_each_read(model, clip, va
     assert latents.shape == (4, 4, 8, 8)
     lines = report.splitlines()
     assert lines[0] == "panel 1: no reference"
-    assert lines[1].startswith("panel 2: 1 references, auto-regressive; 2 reference passes a step keep ")
-    assert lines[3].startswith("panel 4: 2 references, auto-regressive; 4 reference passes")
+    assert lines[1].startswith("panel 2: references: 1, auto-regressive; passes over references in a step: 2, keeping ")
+    assert lines[3].startswith("panel 4: references: 2, auto-regressive; passes over references in a step: 4")
 
 
 def test_a_panel_is_what_the_guider_draws_from_the_decoded_panels_before_it(model, clip, vae):
@@ -388,10 +388,10 @@ def test_a_panel_is_what_the_guider_draws_from_the_decoded_panels_before_it(mode
 def test_portraits_come_before_panels_and_alone_are_read_without_order(model, clip, vae):
     _, report = story(model, clip, vae, portraits=references(clip, vae, 2), window=1)
     lines = report.splitlines()
-    assert lines[0].startswith("panel 1: 2 references, multi-image-condition; 3 reference passes")
-    assert lines[2].startswith("panel 3: 3 references, auto-regressive; ")
+    assert lines[0].startswith("panel 1: references: 2, multi-image-condition; passes over references in a step: 3")
+    assert lines[2].startswith("panel 3: references: 3, auto-regressive; ")
     _, report = story(model, clip, vae, portraits=references(clip, vae, 1), window=0)
-    assert [line.split(";")[0][9:] for line in report.splitlines()] == ["1 references, multi-image-condition"] * 3
+    assert [line.split(";")[0][9:] for line in report.splitlines()] == ["references: 1, multi-image-condition"] * 3
 
 
 def test_panels_are_stored_at_once_and_not_drawn_again(model, clip, vae, monkeypatch, tmp_path):
@@ -419,7 +419,7 @@ def test_panels_are_stored_at_once_and_not_drawn_again(model, clip, vae, monkeyp
     fresh, _ = story(model, clip, vae)
     assert torch.equal(latents, fresh)
     _, report = story(model, clip, vae, "a fox\nan owl\na snail", keep=True)
-    assert [line.split(": ")[1][:4] for line in report.splitlines()] == ["kept", "kept", "2 re"]
+    assert [line.split(": ")[1][:4] for line in report.splitlines()] == ["kept", "kept", "refe"]
     _, report = story(model, clip, vae, keep=True, strength=0.9)
     assert "kept" not in report
 
