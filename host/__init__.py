@@ -7,6 +7,8 @@ families.py     model class -> where its self-attention is and how its tokens li
 unet.py, transformer.py     the two kinds of families
 consistent.py, bank.py      Consistent Self-Attention as a rule; the characters it remembers
 story_sampling.py, panel_store.py, digest.py    a story drawn panel by panel; finished panels on disk, by content
+reference_pass.py, story_gen*.py    StoryGen: passes over references, guider, weights, a story panel by panel
+reference_attention.py  the same passes answered by the model's own self-attention
 prompts.py      one conditioning row per panel
 sheet.py, fonts.py, wrapping.py     pictures and captions on one sheet
 demo.py         the demo models in the host's classes

@@ -5,4 +5,6 @@ schedule.py        levels of a discrete schedule, steps left out, the grid of DP
 ddpm.py            ancestral steps with fixed large variance (MM-Diffusion, arXiv 2212.09478)
 dpm_solver.py      DPM-Solver-fast of order 3 (arXiv 2206.00927)
 cross_guidance.py  a joint model with one half known: replacement and gradient guidance (arXiv 2212.09478)
+story_gen.py  noise levels of StoryGen's references and the branches its guidance needs
+inversion.py  DDIM inversion of a picture and its replay (StyleAligned, arXiv 2312.02133)
 """

@@ -29,6 +29,7 @@ LIMITS = {  # bytes
     "adapter": 0.6e6,
     "joint_av": 1.6e6,
     "joint_facts": 0.15e6,
+    "storygen": 0.5e6,
 }
 
 

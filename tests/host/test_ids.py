@@ -60,6 +60,12 @@ def test_ids_that_were_released_stay():
         "StoryweftFrameUpsamplerLoader",
         "StoryweftUpscaleFrames",
         "StoryweftFramesToImages",
+        "StoryweftStoryGenLoader",
+        "StoryweftStoryGenWeights",
+        "StoryweftStoryGenReferences",
+        "StoryweftStoryGenGuider",
+        "StoryweftStoryGenStory",
+        "StoryweftReferenceAttention",
     }
 
 
