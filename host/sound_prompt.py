@@ -143,6 +143,12 @@ def own_length(clip, text: str) -> tuple[int, bool, bool]:
     return length, chunked, left
 
 
+def clip_text(clip) -> bool:
+    """Whether a text encoder is CLIP alone, whose models are the U-Nets."""
+    parts = tokenizers(clip, clip.tokenize("a")).values()
+    return all(part is not None and part.pad_to_max_length for part in parts)
+
+
 def describe(captions: list[Caption], words: list[list[float]], guarded: bool, keys: bool) -> str:
     """The weight of every word, for people."""
     lines = [

@@ -25,6 +25,7 @@ from .unet import UNetFamily
 
 HALF_SCALE = 1024.0  # of the loss, for models that compute in float16
 PREVIEW = 256
+SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
 
 
 @dataclass(frozen=True)
@@ -179,3 +180,15 @@ def normal(conditioning: list) -> list:
         return value.clone() if torch.is_tensor(value) and value.is_inference() else value
 
     return [[copied(z), {key: copied(value) for key, value in extras.items()}] for z, extras in conditioning]
+
+
+def latent_shape(model, vae, width: int, height: int) -> tuple[int, int, int, int]:
+    """Shape of one latent of a picture of that size."""
+    channels = model.get_model_object("latent_format").latent_channels
+    scale = vae.spacial_compression_encode()
+    return 1, channels, height // scale, width // scale
+
+
+def pictures(rounds: list[Round]) -> Tensor:
+    """[rounds, height, width, 3] in [0, 1]."""
+    return torch.cat([one.picture for one in rounds]).movedim(1, -1).float().cpu()

@@ -2,9 +2,23 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apa, board, boxes, consistent, demo, masked, sampler, story, storyboard, style
+from . import (
+    apa,
+    board,
+    boxes,
+    consistent,
+    demo,
+    masked,
+    sampler,
+    sound,
+    sound_joint,
+    sound_prompt,
+    story,
+    storyboard,
+    style,
+)
 
-NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard)
+NODE_FILES = (demo, story, consistent, style, boxes, masked, board, apa, sampler, storyboard, sound, sound_prompt, sound_joint)
 
 
 class StoryweftExtension(ComfyExtension):

@@ -20,7 +20,17 @@ from .video import temporal
 import comfy.ops  # isort: skip
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # isort: skip
 
-LIMITS = {"unet": 12e6, "video": 3e6, "autoencoder": 3.2e6, "clip": 2e6, "facts": 0.7e6, "adapter": 0.6e6}  # bytes
+LIMITS = {  # bytes
+    "unet": 12e6,
+    "video": 3e6,
+    "autoencoder": 3.2e6,
+    "clip": 2e6,
+    "facts": 0.7e6,
+    "adapter": 0.6e6,
+    "captioner": 0.48e6,
+    "sound_encoder": 0.26e6,
+    "sound_mapping": 0.16e6,
+}
 
 
 @torch.no_grad()
