@@ -93,10 +93,9 @@ def load_act(path: Path, node_id: str) -> Act:
         state = comfy.utils.load_torch_file(str(path), safe_load=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{source} holds more than weights and is not opened.") from error
-    if path.suffix != ".safetensors":
-        if "model" not in state:
-            raise ValueError(f"{source} has no key 'model'; it holds {', '.join(list(state)[:3])}.")
-        state = state["model"]
+    state = state.get("model", state)  # the host's reader already opens a file of one key
+    if "encoder.pos_embedding" not in state and "model" not in state and path.suffix != ".safetensors":
+        raise ValueError(f"{source} has no captioner under the key 'model'; it holds {', '.join(list(state)[:3])}.")
     places = [*(path.with_suffix(ending) for ending in WORD_LISTS), *(path.parent / name for name in VOCABULARIES)]
     words = next((place for place in places if place.is_file()), None)
     if words is None:

@@ -109,7 +109,7 @@ class Optimisation(comfy.samplers.Sampler):
             normal_tensors(module)
         entry = guider.conds["positive"][0]
         z = entry["model_conds"]["c_crossattn"].cond.detach().float().clone()
-        start = model.model_sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
+        start = model.model_sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(guider, sigmas))
 
         def draw(prompt: Tensor) -> Tensor:
             def evaluate(x: Tensor, prompt: Tensor, sigma: float) -> Tensor:

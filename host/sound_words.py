@@ -10,7 +10,8 @@ IDENTIFIER = "embedding:"  # core's syntax for textual inversions
 
 def tokenize(clip, caption: str) -> dict:
     """Tokens of a caption as plain text: brackets, weights and names of textual inversions in it mean nothing."""
-    return clip.tokenize(caption.replace(IDENTIFIER, "embedding :"), disable_weights=True)
+    plain = caption.replace(IDENTIFIER, "embedding :")
+    return clip.tokenize(plain.replace("(", "\\(").replace(")", "\\)"))
 
 
 def row_owners(clip, caption: str, words: list[str], length: int, node_id: str) -> list[int | None]:

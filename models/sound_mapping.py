@@ -107,7 +107,7 @@ class Bind(nn.Module):
         self.bind = BindNetwork(inside, hidden, 4 * hidden, operations)
         self.scales = nn.Parameter(0.5 * torch.randn(length, hidden))
         self.places = nn.Parameter(torch.zeros(length, hidden))
-        self.last = operations.Linear(hidden, width)
+        self.last = nn.Identity() if width == hidden else operations.Linear(hidden, width)
 
     def forward(self, e: Tensor) -> Tensor:
         return self.last(self.bind(e) * (1 + self.scales.to(e)) + self.places.to(e))
@@ -140,6 +140,8 @@ class PromptMapping(nn.Module):
         for name in config.get("modalities", ()):
             self.modality_mean.register_buffer(name, torch.zeros(inside))
         if config.get("residual"):
+            if isinstance(self.network.last, nn.Identity):
+                raise ValueError(f"{config['arch']} with hidden = width has no last layer that could begin at zero.")
             nn.init.zeros_(self.network.last.weight)
             nn.init.zeros_(self.network.last.bias)
 

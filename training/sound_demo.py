@@ -199,7 +199,7 @@ def write_pairs(data: dict[str, torch.Tensor], encoder: str, path: str) -> None:
     )  # fmt: skip
 
 
-def render(folder: str, seed: int, seconds: float = 4.0) -> None:
+def render(folder: str, seed: int, seconds: float = SECONDS) -> None:
     """Voices and ambiences as Opus files."""
     import av
 
