@@ -32,9 +32,8 @@ class Whisper:
             raise ValueError(f"{node_id}: {folder.name} is no Whisper model: {str(error).splitlines()[0]}") from error
         self.network.requires_grad_(False)
         self.device = comfy.model_management.get_torch_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(
-            self.network, self.device, comfy.model_management.unet_offload_device()
-        )
+        held = torch.nn.ModuleDict({"whisper": self.network})  # the patcher notes a device, which transformers' classes refuse
+        self.patcher = comfy.model_patcher.ModelPatcher(held, self.device, comfy.model_management.unet_offload_device())
 
     def prefix(self, style: str) -> list[int]:
         """What every caption begins with: Whisper's own marks and the words that choose the style."""
