@@ -42,6 +42,21 @@ def test_ids_that_were_released_stay():
         "StoryweftLoadImageAdapter",
         "StoryweftSubject",
         "StoryweftDemoSubject",
+        "StoryweftAudioCaption",
+        "StoryweftTypedCaption",
+        "StoryweftSentenceAttention",
+        "StoryweftSpectrogram",
+        "StoryweftDemoSound",
+        "StoryweftAudioCaptionEmbedding",
+        "StoryweftWordAttention",
+        "StoryweftLoadSoundJudge",
+        "StoryweftSoundOptimise",
+        "StoryweftLoadJointEncoder",
+        "StoryweftJointEncode",
+        "StoryweftEmbeddingMix",
+        "StoryweftEmbeddingToVision",
+        "StoryweftLoadPromptMapping",
+        "StoryweftApplyPromptMapping",
     }
 
 
