@@ -9,5 +9,9 @@ consistent.py, bank.py      Consistent Self-Attention as a rule; the characters 
 story_sampling.py, panel_store.py, digest.py    a story drawn panel by panel; finished panels on disk, by content
 prompts.py      one conditioning row per panel
 sheet.py, fonts.py, wrapping.py     pictures and captions on one sheet
+sounds.py, captioners.py, whisper.py, core_captioner.py, taggers.py    AUDIO, and who puts it into words
+sound_words.py, sound_prompt.py     words of captions at their tokens; weighted prompts and keys
+sound_sampling.py, judges.py        weights tuned through the sampler; who compares picture and sound
+joint.py, imagebind.py              one vector for a sound, a picture or a text
 demo.py         the demo models in the host's classes
 """

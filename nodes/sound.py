@@ -2,6 +2,7 @@
 
 from html import escape
 
+import comfy.utils
 import torch
 from comfy_api.latest import io
 from server import PromptServer
@@ -137,7 +138,11 @@ class AudioCaption(io.ComfyNode):
         found, report = [], []
         for number, wave in enumerate(waves, 1):
             parts = sounds.windows(wave, rate, seconds, hop or seconds, node_id)
-            heard = [one for part in parts if (one := caption_of(listener, part, asked, seconds)) is not None]
+            progress, heard = comfy.utils.ProgressBar(len(parts)), []
+            for part in parts:
+                one = caption_of(listener, part, asked, seconds)
+                heard += [] if one is None else [one]
+                progress.update(1)  # stops here when the user interrupts
             if not heard:
                 raise ValueError(f"{node_id}: the captioner has no words for sound {number} of audio.")
             report += [f"Sound {number}, {len(parts)} windows:", *(one.describe() for one in heard)]

@@ -99,9 +99,10 @@ class JointEncode(io.ComfyNode):
         node_id = "StoryweftJointEncode"
         if audio is not None and image is not None:
             raise ValueError(f"{node_id}: audio and image are both connected; encode each by itself and mix them.")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines, quiet = [line.strip() for line in text.splitlines() if line.strip()], []
         if audio is not None:
             waves, rate = sounds.checked(audio, node_id)
+            quiet = [index for index, wave in enumerate(waves, 1) if float(wave.abs().max()) < sounds.SILENT]
             found = Embedding(encoder.audio(waves, rate, clips, short), "audio", encoder.space)
         elif image is not None:
             found = Embedding(encoder.image(image), "image", encoder.space)
@@ -111,7 +112,8 @@ class JointEncode(io.ComfyNode):
             raise ValueError(f"{node_id}: audio, image and text are all empty; connect one of them.")
         if not found.vectors.isfinite().all():
             raise ValueError(f"{node_id}: the embedding of {found.modality} holds no numbers (NaN).")
-        return io.NodeOutput(found, joint.describe(found))
+        silence = f"; nearly silent, so that their embedding says little: sounds {quiet}" if quiet else ""
+        return io.NodeOutput(found, joint.describe(found) + silence)
 
 
 class EmbeddingMix(io.ComfyNode):

@@ -214,6 +214,8 @@ def test_the_demo_encoders_share_one_space(encoder, owl):
     near, far = (unit(heard.vectors, dim=-1) @ unit(written.vectors, dim=-1).T)[0]
     assert near > far + 0.2
     assert encode(encoder, image=torch.rand(2, 100, 80, 3)).vectors.shape == (2, 96)
+    quiet = {"waveform": owl["waveform"] * 1e-5, "sample_rate": owl["sample_rate"]}
+    assert "nearly silent" in sound_joint.JointEncode.execute(encoder, audio=quiet)[1]
 
 
 def test_a_mixture_has_its_norm_and_its_ends(encoder, owl):
