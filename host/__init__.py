@@ -11,5 +11,9 @@ reference_pass.py, story_gen*.py    StoryGen: passes over references, guider, we
 reference_attention.py  the same passes answered by the model's own self-attention
 prompts.py      one conditioning row per panel
 sheet.py, fonts.py, wrapping.py     pictures and captions on one sheet
+sounds.py, captioners.py, whisper.py, core_captioner.py, taggers.py    AUDIO, and who puts it into words
+sound_words.py, sound_prompt.py     words of captions at their tokens; weighted prompts and keys
+sound_sampling.py, judges.py        weights tuned through the sampler; who compares picture and sound
+joint.py, imagebind.py              one vector for a sound, a picture or a text
 demo.py         the demo models in the host's classes
 """

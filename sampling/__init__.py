@@ -7,4 +7,5 @@ dpm_solver.py      DPM-Solver-fast of order 3 (arXiv 2206.00927)
 cross_guidance.py  a joint model with one half known: replacement and gradient guidance (arXiv 2212.09478)
 story_gen.py  noise levels of StoryGen's references and the branches its guidance needs
 inversion.py  DDIM inversion of a picture and its replay (StyleAligned, arXiv 2312.02133)
+multistep.py  DDIM and PLMS that a gradient can follow; sound_optimise.py  prompt weights tuned by it (arXiv 2309.02405)
 """

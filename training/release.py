@@ -30,6 +30,9 @@ LIMITS = {  # bytes
     "joint_av": 1.6e6,
     "joint_facts": 0.15e6,
     "storygen": 0.5e6,
+    "captioner": 0.48e6,
+    "sound_encoder": 0.26e6,
+    "sound_mapping": 0.16e6,
 }
 
 

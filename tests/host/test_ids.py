@@ -66,6 +66,21 @@ def test_ids_that_were_released_stay():
         "StoryweftStoryGenGuider",
         "StoryweftStoryGenStory",
         "StoryweftReferenceAttention",
+        "StoryweftAudioCaption",
+        "StoryweftTypedCaption",
+        "StoryweftSentenceAttention",
+        "StoryweftSpectrogram",
+        "StoryweftDemoSound",
+        "StoryweftAudioCaptionEmbedding",
+        "StoryweftWordAttention",
+        "StoryweftLoadSoundJudge",
+        "StoryweftSoundOptimise",
+        "StoryweftLoadJointEncoder",
+        "StoryweftJointEncode",
+        "StoryweftEmbeddingMix",
+        "StoryweftEmbeddingToVision",
+        "StoryweftLoadPromptMapping",
+        "StoryweftApplyPromptMapping",
     }
 
 

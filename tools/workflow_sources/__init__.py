@@ -9,3 +9,6 @@ WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subjec
 from . import board, boxes, demo, story, storygen, style, subject
 
 WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subject, storygen, demo) for made in part.WORKFLOWS}
+from . import board, boxes, demo, sound, story, style, subject
+
+WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subject, sound, demo) for made in part.WORKFLOWS}
