@@ -4,7 +4,7 @@ MagDiff's adaptive prompts alignment (arXiv 2311.17338) and IP-Adapter add an im
 StoryImager (arXiv 2404.05979) blends a branch per frame with one over the whole story.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,8 @@ class Branch:
     """Keys and values [n, heads, K, dim] for the rows `rows` (n of them) of a call.
 
     weight is a number or a tensor that broadcasts with [n, heads, Q, dim]; constraints narrow what a query sees; bias
-    [n, heads or 1, Q or 1, K] is added to logits.
+    [n, heads or 1, Q or 1, K] is added to logits. `q` [n, heads, Q, dim] are queries of its own instead of the call's, and
+    `told` is called with what it found, before the weight.
     """
 
     rows: slice
@@ -28,6 +29,8 @@ class Branch:
     weight: float | Tensor = 1.0
     constraints: list[Constraint] = field(default_factory=list)
     bias: Tensor | None = None
+    q: Tensor | None = None
+    told: Callable[[Tensor], None] | None = None
 
 
 def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divide: Divide = partition) -> Tensor:
@@ -38,12 +41,15 @@ def attend_branches(q: Tensor, branches: Sequence[Branch], attend: Attend, divid
     for branch in acting:
         rows = range(*branch.rows.indices(len(q)))
         fresh, part = touched.isdisjoint(rows), out[branch.rows]
+        query = q[branch.rows] if branch.q is None else branch.q
         if branch.constraints:
             parts = divide(branch.constraints, len(rows), q.device)
             into = part if fresh and not torch.is_grad_enabled() else None  # a graph cannot follow it
-            found = masked_attention(q[branch.rows], branch.k, branch.v, parts, attend, branch.bias, into)
+            found = masked_attention(query, branch.k, branch.v, parts, attend, branch.bias, into)
         else:
-            found = attend(q[branch.rows], branch.k, branch.v, branch.bias)
+            found = attend(query, branch.k, branch.v, branch.bias)
+        if branch.told is not None:
+            branch.told(found)
         if torch.is_tensor(branch.weight) or branch.weight != 1:
             found = found * branch.weight
         if not fresh:

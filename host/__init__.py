@@ -15,5 +15,7 @@ sounds.py, captioners.py, whisper.py, core_captioner.py, taggers.py    AUDIO, an
 sound_words.py, sound_prompt.py     words of captions at their tokens; weighted prompts and keys
 sound_sampling.py, judges.py        weights tuned through the sampler; who compares picture and sound
 joint.py, imagebind.py              one vector for a sound, a picture or a text
+motion.py, frame_rows.py    predicted embeddings of frames and four ways into a video model
+trained_board.py, magdiff.py    trained parts of StoryImager and MagDiff as rules
 demo.py         the demo models in the host's classes
 """

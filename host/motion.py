@@ -16,22 +16,18 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..attention.core import split_heads
-from ..attention.masked import ANY
-from ..attention.motion import append_rows, frame_branch
 from ..models.ip_adapter import build as build_adapter
 from ..models.motion_predictor import FORMAT, MotionPredictor, build, film, latent_means
 from ..story import transitions
 from . import families, override
-from .apa import WITH_PICTURE, AdaptivePromptRule, layer_alphas
+from .apa import layer_alphas
+from .demo import read_weights
+from .frame_rows import NODE_ID, WAN_STRIDE, AdapterRows, FrameRows, LatentRows, PromptRows
 from .image_adapter import ENCODERS, LoadedAdapter, channels, check_features
-from .layout import Layout
-from .rule import Rule
 from .transformer import FORMS
 from .unet import UNetFamily
 
-NODE_ID = "StoryweftSemanticMotionPredictor"
-WAN_STRIDE = 4  # pictures in every latent frame but the first
+PANELS = "storyweft_panels"  # the panel of each row, of conditioning that a story made
 ATTACH = ("automatic", "image adapter", "rows of the prompt")
 
 
@@ -81,6 +77,12 @@ def loaded(tensors: dict[str, Tensor], metadata: dict[str, str], name: str, sour
     return LoadedPredictor(name, network, metadata, adapter)
 
 
+def load_demo() -> LoadedPredictor:
+    """The predictor of weights/ for the demo encoder and video model, with its adapter."""
+    tensors, metadata = read_weights("motion", node_id="StoryweftLoadMotionPredictor")
+    return loaded(tensors, metadata, "demo predictor", "demo predictor")
+
+
 def encoder_name(clip_vision) -> str:
     """What predictor files call a CLIP vision model: its width, layers and the width of its pooled embedding."""
     config = clip_vision.config
@@ -122,7 +124,9 @@ def predict(predictor: LoadedPredictor | None, keyframes: Tensor, length: int, p
     check_film(len(keyframes), length, node_id)
     bad = (~keyframes.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{node_id}: the embedding of picture {bad[0]} is not finite; load the CLIP vision model again.")
+        raise ValueError(
+            f"{node_id}: the embedding of picture {bad[0]} is not finite; load the CLIP vision model again."
+        )
     for index, (one, other) in enumerate(zip(keyframes, keyframes[1:], strict=False)):
         if torch.equal(one, other):
             logging.info("%s: pictures %d and %d look the same to CLIP vision.", node_id, index, index + 1)
@@ -141,141 +145,6 @@ def predict(predictor: LoadedPredictor | None, keyframes: Tensor, length: int, p
     return found
 
 
-def check_roles(run) -> None:
-    """ValueError for a guider's list of conditionings of which it is unknown whether it shows the pictures."""
-    for entry in run.listed:
-        if entry.role not in WITH_PICTURE:
-            raise ValueError(
-                f"{NODE_ID}: the guider has a list of conditionings named '{entry.role}', of which it is unknown whether it "
-                "shows the pictures; use another guider."
-            )
-
-
-class FrameRows(Rule):
-    """Checks that the latent holds the predicted frames; changes nothing."""
-
-    node_id = NODE_ID
-
-    def __init__(self, frames: int):
-        self.frames = frames
-
-    def begin(self, run) -> None:
-        if run.latent_shape[0] != self.frames:
-            raise ValueError(
-                f"{self.node_id}: the film has {self.frames} frames and the latent {run.latent_shape[0]}; make them equal "
-                "(frames is an output of the node)."
-            )
-        for entry in run.listed:
-            rows = len(entry.cond["cross_attn"]) if "cross_attn" in entry.cond else 1
-            if rows not in (1, self.frames):
-                raise ValueError(
-                    f"{self.node_id}: the {entry.role} conditioning has {rows} rows and the film {self.frames} frames; give 1 or "
-                    f"{self.frames}."
-                )
-
-    def expected(self, run) -> bool:
-        return False
-
-
-class AdapterRows(AdaptivePromptRule):
-    """Tokens of an image adapter, others in each frame, as a branch beside the prompt with keys and values of its own."""
-
-    node_id = NODE_ID
-    several = False
-
-    def begin(self, run) -> None:
-        FrameRows(len(self.tokens)).begin(run)
-        super().begin(run)
-
-
-class PromptRows(FrameRows):
-    """tokens [frames, n, width of the prompt] as further rows of each frame's prompt, blank [1, n, width] in the negative's."""
-
-    kinds = frozenset({"cross"})
-    whole_batch = True
-
-    def __init__(self, tokens: Tensor, blank: Tensor):
-        super().__init__(len(tokens))
-        self.tokens, self.blank = tokens, blank
-
-    def start(self, run) -> dict:
-        """Keys and values by layer."""
-        return {}
-
-    def begin(self, run) -> None:
-        super().begin(run)
-        check_roles(run)
-
-    def expected(self, run) -> bool:
-        return True
-
-    def plan(self, run, call, layout: Layout, plan) -> bool:
-        for chunk, branches in enumerate(plan.text):
-            shown = WITH_PICTURE[layout.entries[chunk].role]
-            pair = self._project(run, layout.layer, shown, plan.q)
-            for branch in branches:
-                rows = range(*branch.rows.indices(len(plan.q)))
-                items = [layout.items[row % len(layout.items)] if shown else 0 for row in rows]
-                append_rows(branch, *(x[items] for x in pair))
-        return True
-
-    def _project(self, run, layer, shown: bool, q: Tensor) -> tuple[Tensor, Tensor]:
-        kept, key = run.state[self], (layer, shown, q.device, q.dtype)
-        if key not in kept:
-            found = run.family.project(layer, (self.tokens if shown else self.blank).to(q))
-            kept[key] = tuple(split_heads(x, q.shape[1]) for x in found)
-        return kept[key]
-
-
-class LatentRows(Rule):
-    """tokens [latent frames, n, D] of an adapter with keys and values for each block of a Wan model; see frame_branch."""
-
-    node_id = NODE_ID
-    kinds = frozenset({"cross"})
-
-    def __init__(self, adapter: LoadedAdapter, tokens: Tensor, blank: Tensor, strength: float, family):
-        self.adapter, self.tokens, self.blank, self.strength = adapter, tokens, blank, strength
-        self.index = {layer: index for index, layer in enumerate(family.cross_layers)}
-
-    def start(self, run) -> dict:
-        """Keys and values by layer."""
-        return {}
-
-    def begin(self, run) -> None:
-        if run.latent_shape[2] != len(self.tokens):
-            pictures = WAN_STRIDE * (len(self.tokens) - 1) + 1
-            raise ValueError(
-                f"{self.node_id}: the film has {len(self.tokens)} latent frames ({pictures} pictures) and the latent "
-                f"{run.latent_shape[2]}; make them equal."
-            )
-        check_roles(run)
-
-    def plan(self, run, call, layout: Layout, plan) -> bool:
-        grid = layout.grid
-        items = families.window_items(call.window, grid[0], 2)
-        query = torch.full((plan.q.shape[2],), ANY)
-        query[layout.image] = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
-        frames = torch.arange(grid[0]).repeat_interleave(self.tokens.shape[1])
-        name = ("motion", grid, layout.image.start, len(query), len(frames))
-        pairs = [self._project(run, layout.layer, WITH_PICTURE[entry.role], plan.q) for entry in layout.entries]
-        rows = [
-            [(x[list(items)] if len(x) > 1 else x.expand(grid[0], -1, -1)).flatten(0, 1) for x in pair] for pair in pairs
-        ]
-        k, v = (
-            split_heads(torch.stack(part).repeat_interleave(layout.chunk_size, 0), plan.q.shape[1])
-            for part in zip(*rows, strict=True)
-        )
-        plan.extra.append(frame_branch(k, v, frames, query, self.strength, name))
-        return True
-
-    def _project(self, run, layer, shown: bool, q: Tensor) -> tuple[Tensor, Tensor]:
-        kept, key = run.state[self], (layer, shown, q.device, q.dtype)
-        if key not in kept:
-            tokens = (self.tokens if shown else self.blank).to(q)
-            kept[key] = self.adapter.network.project(self.index[layer], tokens)
-        return kept[key]
-
-
 @dataclass(frozen=True)
 class Attachment:
     """What the node was given: embeddings [frames, D] of a film through `keyframes` pictures, and how they act."""
@@ -287,6 +156,27 @@ class Attachment:
     adapter: LoadedAdapter | None = None
     how: str = ATTACH[0]
     strength: float = 1.0
+
+
+def spread(conditioning: list, keyframes: int, length: int) -> list:
+    """Conditioning with one row for each picture as one with a row for each frame, that of the nearer picture.
+
+    Other conditioning is returned as it is.
+    """
+    rows = [segment + round(u) for segment, u in transitions.places(keyframes, length)]
+    out = []
+    for text, extras in conditioning:
+        if len(text) != keyframes:
+            out.append([text, extras])
+            continue
+        extras = {
+            key: value[rows] if torch.is_tensor(value) and value.ndim > 1 and len(value) == keyframes else value
+            for key, value in extras.items()
+        }
+        if PANELS in extras:
+            extras[PANELS] = tuple(extras[PANELS][row] for row in rows)
+        out.append([text[rows], extras])
+    return out
 
 
 def attach(model, positive: list, negative: list, given: Attachment) -> tuple:
@@ -306,6 +196,8 @@ def attach(model, positive: list, negative: list, given: Attachment) -> tuple:
             f"{NODE_ID}: {family.model_class} has no cross-attention over embeddings of a picture; use the first and last frame "
             "nodes of its own."
         )
+    if form is not _attach_wan:
+        positive, negative = (spread(one, given.keyframes, given.length) for one in (positive, negative))
     made = form(model, positive, negative, given, family)
     return made if given.strength else (model, positive, negative)
 

@@ -160,6 +160,8 @@ class Call:
         self.kinds = frozenset().union(*(rule.kinds for rule in run.rules))
         self.mark = None  # what a family's patch saw just before the attention call
         self.inputs = None
+        self.queries = None  # input of a cross-attention's query projection, [rows, tokens, channels]
+        self.after = None  # added to what the attention under way gives, after its output projection
 
     def bypass(self) -> None:
         """The attention announced by the mark did not come past the override."""

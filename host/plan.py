@@ -89,7 +89,7 @@ class CrossPlan:
         """The weight of each chunk's text, None when a rule changed more of it than that."""
         whole = [x for x in (self.k, self.v, self.bias) if x is not None]
         for branches in self.text:
-            if len(branches) != 1 or branches[0].constraints:
+            if len(branches) != 1 or branches[0].constraints or branches[0].q is not None or branches[0].told is not None:
                 return None
             own = [x for x in (branches[0].k, branches[0].v, branches[0].bias) if x is not None]
             parts = [x[branches[0].rows] for x in whole]

@@ -15,11 +15,13 @@ ORDER = (
     "StoryweftConsistentSelfAttention",
     "StoryweftBoard",
     "StoryweftFrameStoryCrossAttention",
+    "StoryweftTrainedBoard",
     "StoryweftMaskedAttention",
     "StoryweftSemanticMotionPredictor",  # its rows join the prompt's, which alpha_text then weighs with them
     "StoryweftAdaptivePromptAlignment",
     "StoryweftReferenceAttention",  # this and the next add to what the text attention gives, all others' part in it included
     "StoryweftStoryGenGuider",
+    "StoryweftHighFidelityAlignment",  # plans nothing: it adds to the first convolution
     "StoryweftStyleReference",  # plans nothing; its picture goes into the first row after all others had the latents
 )
 

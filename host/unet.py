@@ -56,6 +56,7 @@ class UNetFamily:
     def add_patches(self, model) -> None:
         model.set_model_attn1_patch(mark_self)
         model.set_model_attn2_patch(mark_cross)
+        model.set_model_attn2_output_patch(add_after)
 
     def locate(self, call, args: tuple, kwargs: dict) -> Layout | None:
         mark, call.mark = call.mark, None
@@ -126,7 +127,17 @@ def mark_cross(n: Tensor, context: Tensor, value: Tensor, extra: dict):
     call = extra.get("storyweft")
     if call is not None:
         _mark(call, n, extra, ("cross", None))
+        call.queries = n
     return n, context, value
+
+
+def add_after(n: Tensor, extra: dict) -> Tensor:
+    """attn2 output patch: adds what a rule left for after the output projection."""
+    call = extra.get("storyweft")
+    if call is None or call.after is None:
+        return n
+    after, call.after = call.after, None
+    return n + after
 
 
 def _mark(call, n: Tensor, extra: dict, kinds: tuple[str, str | None]) -> None:

@@ -5,7 +5,7 @@ training begins exactly at the base model.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,3 +114,49 @@ def beside_noise(noise: Tensor, subject: Tensor) -> Tensor:
 def widened(weight: Tensor, extra: int) -> Tensor:
     """conv_in's weight [out, in, kh, kw] with `extra` more input channels of zeros: the same output to begin with."""
     return pad(weight, (0, 0, 0, 0, 0, extra))
+
+
+FORMAT = "storyweft.magdiff"
+ALPHAS = {"alpha_text": 1.0, "alpha_image": 1.5}  # where the authors' code starts
+
+
+class Alignment(nn.Module):
+    """What MagDiff trains around a U-Net: alphas of each cross-attention, the latent pyramid, conv_in's new channels.
+
+    `scales` are the sides of the subject's pictures over that of the target; alphas [layers] are in the order of adapter
+    files. The new channels start at zero: HFA then changes nothing.
+    """
+
+    def __init__(self, layers: int, width: int, channels: int = 4, scales: Sequence[float] = (1.5, 1.25, 1.0)):
+        super().__init__()
+        self.scales = tuple(scales)
+        for name, start in ALPHAS.items():
+            self.register_parameter(name, nn.Parameter(torch.full((layers,), start)))
+        self.pyramid = LatentPyramid(len(self.scales), channels).start()
+        self.conv_in = nn.Parameter(torch.zeros(width, channels, 3, 3))
+
+    def forward(self, latents: Sequence[Tensor]) -> Tensor:
+        """What is added to conv_in's output [n, width, h, w] for subject latents of every scale [n, channels, h_i, w_i]."""
+        return conv2d(self.pyramid(latents), self.conv_in, padding=1)
+
+    def metadata(self) -> dict[str, str]:
+        """What a file says beside its tensors."""
+        return {"format": FORMAT, "scales": " ".join(str(scale) for scale in self.scales)}
+
+
+def build(state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Alignment:
+    """The alignment of a file, loaded strictly. Raises ValueError, naming `source`, for anything else."""
+    if metadata.get("format") != FORMAT or not {"conv_in", "alpha_text"} <= set(state):
+        raise ValueError(f"{source} is no MagDiff alignment: its format is {metadata.get('format')!r}, not {FORMAT!r}.")
+    width, channels = state["conv_in"].shape[:2]
+    made = Alignment(len(state["alpha_text"]), width, channels, [float(x) for x in metadata["scales"].split()])
+    own = made.state_dict()
+    for key in own.keys() | state.keys():
+        if key not in own or key not in state:
+            raise ValueError(f"{source}: the tensor {key} is {'missing' if key in own else 'not known'}.")
+        if own[key].shape != state[key].shape:
+            raise ValueError(f"{source}: the tensor {key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}.")
+        if not state[key].isfinite().all():
+            raise ValueError(f"{source}: the tensor {key} holds numbers that are not finite.")
+    made.load_state_dict(state)
+    return made.requires_grad_(False)

@@ -117,6 +117,12 @@ class LowRank(nn.Module):
         return self.scale * (x @ self.down.T.to(x) @ self.up.T.to(x))
 
 
+def low_ranks(channels: int, width: int, rank: int, alpha: float) -> nn.ModuleDict:
+    """A LowRank for each projection of a cross-attention `channels` wide over text `width` wide."""
+    inputs = {"to_q": channels, "to_k": width, "to_v": width, "to_out": channels}
+    return nn.ModuleDict({name: LowRank(size, channels, rank, alpha) for name, size in inputs.items()})
+
+
 class FrameStoryAttention(nn.Module):
     """One cross-attention site: frozen projections shared by frame and story branch, each with its own LoRA."""
 
@@ -127,11 +133,7 @@ class FrameStoryAttention(nn.Module):
         self.to_k = operations.Linear(width, channels, bias=False)
         self.to_v = operations.Linear(width, channels, bias=False)
         self.to_out = operations.Linear(channels, channels)
-        inputs = {"to_q": channels, "to_k": width, "to_v": width, "to_out": channels}
-        self.lora_frame, self.lora_story = (
-            nn.ModuleDict({name: LowRank(size, channels, rank, alpha) for name, size in inputs.items()})
-            for _ in range(2)
-        )
+        self.lora_frame, self.lora_story = (low_ranks(channels, width, rank, alpha) for _ in range(2))
 
     def forward(self, x: Tensor, captions: Tensor, story: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Frame and story branch, each [n, tokens, channels].

@@ -11,6 +11,7 @@ from . import (
     joint_av,
     joint_av_media,
     joint_av_parts,
+    magdiff,
     masked,
     motion,
     sampler,
@@ -19,6 +20,7 @@ from . import (
     story_gen_story,
     storyboard,
     style,
+    trained_board,
 )
 
 NODE_FILES = (
@@ -29,7 +31,9 @@ NODE_FILES = (
     boxes,
     masked,
     board,
+    trained_board,
     apa,
+    magdiff,
     story_gen,
     story_gen_story,
     motion,

@@ -16,6 +16,7 @@ MotionPredictor = io.Custom("STORYWEFT_MOTION_PREDICTOR")
 ImageAdapter = io.Custom("STORYWEFT_IMAGE_ADAPTER")
 CATEGORY = "Storyweft/Motion"
 FOLDER = "motion_predictor"
+DEMO = "demo predictor (comes with Storyweft)"
 PINS = {"as trained": None, "kept exactly": True, "free": False}
 
 
@@ -42,11 +43,15 @@ class LoadMotionPredictor(io.ComfyNode):
             node_id="StoryweftLoadMotionPredictor",
             display_name="Load Motion Predictor",
             category=CATEGORY,
-            description="Reads a trained Semantic Motion Predictor. The authors published none: train one with "
+            description="Reads a trained Semantic Motion Predictor, or the demo one. The authors published none: train one with "
             "python -m training.motion_predictor.",
             search_aliases=["semantic motion predictor", "storydiffusion video"],
             inputs=[
-                io.Combo.Input("file", options=_files(), tooltip="A file of models/motion_predictor."),
+                io.Combo.Input(
+                    "file",
+                    options=[DEMO, *_files()],
+                    tooltip="A file of models/motion_predictor, or the demo predictor for the demo video model.",
+                ),
             ],
             outputs=[MotionPredictor.Output("motion_predictor", tooltip="For Semantic Motion Predictor.")],
         )
@@ -58,6 +63,8 @@ class LoadMotionPredictor(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
+        if file == DEMO:
+            return io.NodeOutput(motion.load_demo())
         path = folder_paths.get_full_path_or_raise(FOLDER, file)
         return io.NodeOutput(motion.load(path, "StoryweftLoadMotionPredictor"))
 
@@ -78,7 +85,11 @@ class SemanticMotionPredictor(io.ComfyNode):
                     "model",
                     tooltip="Video model: SVD, AnimateDiff or another U-Net whose batch is the clip, or Wan with an adapter.",
                 ),
-                io.Conditioning.Input("positive", tooltip="Prompt. SVD: from its own conditioning node; the picture is replaced."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="Prompt, or one for each picture (Panel Conditioning): each frame reads that of the nearer one. SVD: "
+                    "from its own conditioning node; the picture is replaced.",
+                ),
                 io.Conditioning.Input("negative", tooltip="Negative prompt; it is shown no picture."),
                 io.ClipVision.Input(
                     "clip_vision", tooltip="The encoder of the adapter or of SVD: ViT-H for almost all of them."
@@ -93,7 +104,9 @@ class SemanticMotionPredictor(io.ComfyNode):
                 ),
                 io.Image.Input("last", optional=True, tooltip="Last picture, after those of first."),
                 MotionPredictor.Input(
-                    "motion_predictor", optional=True, tooltip="Trained predictor; without it embeddings are interpolated."
+                    "motion_predictor",
+                    optional=True,
+                    tooltip="Trained predictor; without it embeddings are interpolated.",
                 ),
                 ImageAdapter.Input(
                     "image_adapter",

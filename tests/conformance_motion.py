@@ -58,7 +58,9 @@ def predictor(path: Path, report) -> None:
                 report.close(path.name, f"grad.{name}"[:25] + bits, parameter.grad, given[f"grad.{name}"], tolerance)
         network.reset()
         start = network(keys, u, False)
-        report.line(path.name, "zero start" + bits, (start - keys).abs().max().item(), "== lerp", torch.equal(start, keys))
+        report.line(
+            path.name, "zero start" + bits, (start - keys).abs().max().item(), "== lerp", torch.equal(start, keys)
+        )
 
 
 def attached(path: Path, report) -> None:

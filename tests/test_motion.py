@@ -93,7 +93,9 @@ def test_a_film_joins_at_its_keyframes():
     assert torch.equal(found[transitions.keyframe_positions(4, 6)], keyframes)
     single = film(predictor(), keyframes[1:3], transitions.places(2, 6))
     torch.testing.assert_close(found[5:11], single)
-    free = film(predictor(), keyframes, transitions.places(4, 6), pinned=False)  # the shared frame is the later transition's
+    free = film(
+        predictor(), keyframes, transitions.places(4, 6), pinned=False
+    )  # the shared frame is the later transition's
     torch.testing.assert_close(free[5], film(predictor(), keyframes[1:3], transitions.places(2, 6), pinned=False)[0])
 
 

@@ -114,9 +114,12 @@ class Adapted:
         block = blocks[place.path][place.block]
         return next(m for m in block if isinstance(m, SpatialTransformer)).transformer_blocks[0].attn2
 
-    def __call__(self, x, t, context, tokens, scale=1.0):
+    def __call__(self, x, t, context, tokens, scale=1.0, alphas=None, **more):
+        """alphas: a weight of the text's answer and one of the picture's for each layer, instead of 1 and scale."""
+
         def patch(index):
             heads = self.attention[index].heads
+            text, image = (1.0, scale) if alphas is None else alphas[index]
 
             def attend(q, k, v, extra):
                 def one(k, v):
@@ -124,12 +127,12 @@ class Adapted:
                     weights = (a @ b.transpose(-1, -2) * a.shape[-1] ** -0.5).softmax(-1)
                     return (weights @ c).transpose(1, 2).flatten(2)
 
-                return one(k, v) + scale * one(*self.adapter.project(index, tokens.to(q)))
+                return text * one(k, v) + image * one(*self.adapter.project(index, tokens.to(q)))
 
             return attend
 
         patches = {(place.path, place.block): patch(index) for index, place in enumerate(self.places)}
-        return self.unet(x, t, context, transformer_options={"patches_replace": {"attn2": patches}})
+        return self.unet(x, t, context, transformer_options={"patches_replace": {"attn2": patches}}, **more)
 
 
 @torch.no_grad()

@@ -33,6 +33,9 @@ LIMITS = {  # bytes
     "captioner": 0.48e6,
     "sound_encoder": 0.26e6,
     "sound_mapping": 0.16e6,
+    "motion": 0.5e6,
+    "board": 0.6e6,
+    "magdiff": 0.3e6,
 }
 
 

@@ -81,6 +81,10 @@ def test_ids_that_were_released_stay():
         "StoryweftEmbeddingToVision",
         "StoryweftLoadPromptMapping",
         "StoryweftApplyPromptMapping",
+        "StoryweftTrainedBoard",
+        "StoryweftLoadTrainedBoard",
+        "StoryweftLoadMagDiff",
+        "StoryweftHighFidelityAlignment",
     }
 
 

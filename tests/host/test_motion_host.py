@@ -269,7 +269,9 @@ def test_wan_reads_the_mean_of_each_latent_frame(wan):
 
 @pytest.mark.parametrize("name", ["flux", "ltxv", "qwen_image", "hunyuan_video"])
 def test_models_without_such_attention_are_refused_with_the_reason(name):
-    with pytest.raises(ValueError, match=rf"{motion.NODE_ID}: \w+ has no cross-attention over embeddings.*nodes of its own"):
+    with pytest.raises(
+        ValueError, match=rf"{motion.NODE_ID}: \w+ has no cross-attention over embeddings.*nodes of its own"
+    ):
         drawn(name, tiny.build(name), given())
 
 
@@ -307,7 +309,9 @@ def test_what_does_not_fit_a_unet_is_refused(sd15, svd):
 @pytest.mark.parametrize("form", ["adapter", "rows", "svd"])
 def test_a_latent_of_another_length_is_refused_before_the_model_is_called(sd15, svd, form):
     patcher, name = (svd, "svd") if form == "svd" else (sd15, "sd15")
-    more = {"adapter": {"adapter": unet_adapter(sd15)}, "rows": {"predictor": projecting(16)}, "svd": {"width": 16}}[form]
+    more = {"adapter": {"adapter": unet_adapter(sd15)}, "rows": {"predictor": projecting(16)}, "svd": {"width": 16}}[
+        form
+    ]
     calls = []
     patcher = patcher.clone()
     patcher.set_model_unet_function_wrapper(lambda apply, arguments: calls.append(1))
@@ -332,3 +336,14 @@ def test_the_demo_video_model_sees_its_frames(loaded):  # noqa: F811
     model, *_ = attach(patcher, positive, positive, attachment)
     plain, shown = (tiny.sample(one, positive, positive, start, steps=2) for one in (patcher, model))
     assert apart(shown, plain) > 1e-3
+
+
+def test_prompts_of_the_pictures_are_spread_over_the_frames_between(sd15):
+    """One row for each picture becomes one for each frame, and marks of a story's panels follow."""
+    positive = tiny.conditioning("sd15", 3, 1, marks={"storyweft_panels": (4, 5, 6), "note": "kept"})
+    attachment = Attachment(embeddings(7), 3, 4, None, unet_adapter(sd15))
+    _, shown, blank = attach(sd15, positive, tiny.conditioning("sd15", 1, 2), attachment)
+    near = [0, 0, 1, 1, 1, 2, 2]
+    assert torch.equal(shown[0][0], positive[0][0][near]) and blank[0][0].shape[0] == 1
+    assert shown[0][1]["storyweft_panels"] == (4, 4, 5, 5, 5, 6, 6) and shown[0][1]["note"] == "kept"
+    assert positive[0][0].shape[0] == 3

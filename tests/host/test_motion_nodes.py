@@ -109,7 +109,9 @@ def test_other_files_are_refused_by_name(folder, metadata, keep, words):
 def test_a_predictor_of_another_encoder_is_refused(sd15, clip_vision):
     other = projecting(16)
     other.metadata = {"encoder": "clip-1280x32-1024"}
-    with pytest.raises(ValueError, match="tiny was trained on embeddings of clip-1280x32-1024 and clip_vision is clip-32x3-24"):
+    with pytest.raises(
+        ValueError, match="tiny was trained on embeddings of clip-1280x32-1024 and clip_vision is clip-32x3-24"
+    ):
         executed(sd15, clip_vision, motion_predictor=other)
     with pytest.raises(ValueError, match="predicts embeddings 24 wide and clip_vision gives 30"):
         executed(sd15, vision(projection_dim=30), motion_predictor=projecting(16), image_adapter=None)

@@ -100,6 +100,55 @@ def board_replace_frame() -> tuple[dict, str]:
     )
 
 
+def _trained_board(graph: Graph, loader, board, negative, seed: int, steps=24, cfg=4.0):
+    """A board drawn with the demo module, cut into its frames."""
+    trained = graph.add("StoryweftLoadTrainedBoard", "Load Trained Board", file="demo board (comes with Storyweft)")
+    block = graph.add(
+        "StoryweftTrainedBoard",
+        "Trained Board",
+        model=loader(),
+        trained_board=trained(),
+        positive=board(1),
+        negative=negative(),
+        strength=1.0,
+        known_frames="clean",
+    )
+    drawn = sampler(graph, block(), block(1), block(2), board(), seed, steps, cfg)
+    return graph.add("StoryweftBoardFrames", "Board Frames", samples=drawn(), board=board(2), vae=loader(2))
+
+
+def board_trained() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    board = _board(graph, loader(1), BOARD_CAPTIONS)
+    frames = _trained_board(graph, loader, board, negative, 3)
+    _captioned(graph, frames(), BOARD_CAPTIONS, "board_trained")
+    return graph.nodes, (
+        "## Trained board\nStoryImager's trained parts on the demo model: **Trained Board** gives each frame its caption through a "
+        "LoRA, the whole board the story that an extractor makes of all captions, and a prior for each frame. *strength* 0 is the "
+        "training-free form, for comparison.\n\nTrain your own with `python -m training.story_board` on folders of stories "
+        "(pictures and captions.txt, PororoSV, FlintstonesSV). The demo module is small and briefly trained."
+    )
+
+
+def board_continue() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    given = graph.add("StoryweftDemoSubject", "Given picture", subject="blue fox")
+    captions = "\n".join(f"a fox {place}" for place in (PLACES[4], *PLACES[:3]))
+    board = _board(graph, loader(1), captions, known_images=given(), vae=loader(2))
+    frames = _trained_board(graph, loader, board, negative, 5)
+    _captioned(graph, frames(), captions, "board_continue")
+    graph.add("PreviewAny", "Report", source=board(3))
+    return graph.nodes, (
+        "## Continue a story\nThe first frame is a given picture, which **Board** keeps and **Trained Board** shows the model without "
+        "noise; the other three are drawn to go on from it. Give more pictures, or choose with *known_frames* and *draw_frames* of "
+        "**Board** which frames are kept: the same module fills any gap."
+    )
+
+
 def board_story_sdxl() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("CheckpointLoaderSimple", "Load Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")
@@ -151,4 +200,4 @@ def board_boxes() -> tuple[dict, str]:
     )
 
 
-WORKFLOWS = (board_story, board_replace_frame, board_story_sdxl, board_boxes)
+WORKFLOWS = (board_story, board_replace_frame, board_story_sdxl, board_boxes, board_trained, board_continue)

@@ -3,18 +3,18 @@
 from .graph import Graph, sampler
 
 
-def _subject(graph: Graph, image, mask, title="Subject"):
+def _subject(graph: Graph, image, mask, title="Subject", crop=True, vae_size=256):
     return graph.add(
         "StoryweftSubject",
         title,
         image=image,
         mask=mask,
         ground="black",
-        crop=True,
+        crop=crop,
         margin=0.05,
         edge="soft",
         resize_mask=False,
-        vae_size=256,
+        vae_size=vae_size,
     )
 
 
@@ -102,6 +102,81 @@ def two_subjects() -> tuple[dict, str]:
     )
 
 
+def _magdiff(graph: Graph, loader, image, mask):
+    """The demo model with all three alignments of MagDiff for what `mask` keeps of a picture of 128 pixels."""
+    adapter = graph.add(
+        "StoryweftLoadImageAdapter",
+        "Load Image Adapter",
+        file="demo adapter (comes with Storyweft)",
+        learned_alphas="none",
+    )
+    trained = graph.add(
+        "StoryweftLoadMagDiff",
+        "Load MagDiff",
+        file="demo alignment (comes with Storyweft)",
+        image_adapter=adapter(),
+    )
+    seen = _subject(graph, image, mask, "Seen by CLIP")
+    placed = _subject(graph, image, mask, "In its place", False, 128)
+    graph.add("PreviewImage", "What is kept", images=placed(1))
+    beside = graph.add(
+        "StoryweftHighFidelityAlignment",
+        "High-Fidelity Alignment",
+        model=loader(),
+        magdiff=trained(),
+        vae=loader(2),
+        image=placed(1),
+        strength=1.0,
+        guidance="MagDiff",
+        every_frame=False,
+        ground="black",
+    )
+    return _aligned(graph, beside(), trained(1), loader(3), seen(), guidance="MagDiff")
+
+
+def subject_video() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoVideoLoader", "Demo Video Loader")
+    shown = graph.add("StoryweftDemoSubject", "Demo Subject", subject="blue fox")
+    model = _magdiff(graph, loader, shown(), shown(1))
+    positive = graph.add("CLIPTextEncode", "Prompt", clip=loader(1), text="a fox in the meadow by day")
+    negative = graph.add("CLIPTextEncode", "Negative", clip=loader(1), text="")
+    latent = graph.add("EmptyLatentImage", "Size: batch = frames", width=128, height=128, batch_size=8)
+    drawn = sampler(graph, model(), positive(), negative(), latent(), 3, 20)
+    frames = graph.add("VAEDecode", "Decode", samples=drawn(), vae=loader(2))
+    larger = graph.add("ImageScaleBy", "Larger", image=frames(), upscale_method="lanczos", scale_by=3.0)
+    graph.add(
+        "SaveAnimatedWEBP",
+        "Save Clip",
+        images=larger(),
+        filename_prefix="storyweft/subject_video",
+        fps=8.0,
+        lossless=False,
+        quality=90,
+        method="default",
+    )
+    return graph.nodes, (
+        "## Subject video\nMagDiff's three alignments on the demo video model: **Subject** cuts the fox out, **High-Fidelity "
+        "Alignment** puts its latents beside the noise of the first frame, **Adaptive Prompt Alignment** with learned alphas lets all "
+        "frames look at it.\n\nNobody published weights: train your own with `python -m training.magdiff`. The demo's are small, and "
+        "its video model is undertrained."
+    )
+
+
+def keep_region() -> tuple[dict, str]:
+    graph = Graph()
+    loader = graph.add("StoryweftDemoLoader", "Demo Loader")
+    shown = graph.add("StoryweftDemoSubject", "Demo Subject", subject="blue fox")
+    rest = graph.add("InvertMask", "Everything but the fox", mask=shown(1))
+    model = _magdiff(graph, loader, shown(), rest())
+    _drawn(graph, loader, model(), "a bear in the city by day", 4, 5, "keep_region")
+    return graph.nodes, (
+        "## Keep a region\nMagDiff's way of editing: what is kept is the subject. Here everything but the fox is kept, and the prompt "
+        "asks for a bear: the scene stays in its place and a new character is drawn into it.\n\nSwap the mask's **Invert Mask** out "
+        "to keep the fox and draw a new scene instead."
+    )
+
+
 def subject_and_text_sdxl() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("CheckpointLoaderSimple", "Load Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")
@@ -135,4 +210,4 @@ def subject_and_text_sdxl() -> tuple[dict, str]:
     )
 
 
-WORKFLOWS = (subject_and_text, two_subjects, subject_and_text_sdxl)
+WORKFLOWS = (subject_and_text, two_subjects, subject_video, keep_region, subject_and_text_sdxl)
