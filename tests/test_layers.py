@@ -24,7 +24,6 @@ ALLOWED = {
         "PIL",
         "numpy",
         "av",
-        "torchaudio",
         "transformers",
         "attention",
         "sampling",
