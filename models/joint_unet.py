@@ -226,6 +226,9 @@ class JointUNet(nn.Module):
         norms = [Norm(channels, operations, device) for _ in range(2)]
         self.video_out = nn.Sequential(norms[0], nn.SiLU(), VideoPoint(channels, 3, kernel=3, **place))
         self.audio_out = nn.Sequential(norms[1], nn.SiLU(), AudioConv(channels, 1, **place))
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = groups
 
     def _coupled(self, before, channels, number, factor=None, resample="", middle=False) -> CoupledBlock:
         attention = {
@@ -241,9 +244,6 @@ class JointUNet(nn.Module):
             return []
         head_channels = self.options["head_channels"]
         return [CrossModalBlock(channels, head_channels, self.windows[factor], **self.options["place"])]
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.num_groups = groups
 
     def start_quiet(self) -> None:
         """Zeroes what the authors start from zero: the last layer of every residual, attention and output."""
