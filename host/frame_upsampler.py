@@ -65,7 +65,7 @@ def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     """Outer wrapper of a run: refuses what the network cannot take before sampling starts."""
     guider = executor.class_obj
     shape, factor = tuple(latent_image.shape), 2 ** (guider.model_patcher.model.diffusion_model.levels - 1)
-    if len(kwargs["latent_shapes"]) != 1 or len(shape) != 4 or shape[1] != 3:
+    if len(kwargs.get("latent_shapes") or [shape]) != 1 or len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"{LOADER}: latent_image {shape} must be frames of 3 channels, [frames, 3, H, W]: use {CONDITION}")
     if shape[2] % factor or shape[3] % factor:
         raise ValueError(f"{LOADER}: latent_image: height and width must be multiples of {factor}, not {shape[2:]}")

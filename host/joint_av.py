@@ -126,12 +126,15 @@ def with_settings(model, shift: str, clip: bool):
     return model
 
 
-def check_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+def check_run(
+    executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,
+    latent_shapes=None,
+):  # fmt: skip
     """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts.
 
     What the noise mask keeps comes back bit for bit once a run has taken all noise away; some samplers miss it by 1e-3.
     """
-    guider, shapes = executor.class_obj, kwargs["latent_shapes"]
+    guider, shapes = executor.class_obj, latent_shapes or [latent_image.shape]
     model = guider.model_patcher.model
     check_latents(shapes, latent_image, model)
     cfg = getattr(guider, "cfg", 1.0)
@@ -150,7 +153,8 @@ def check_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None,
             f"{model.media.frames} and {model.media.samples}."
         )
     to_the_end = bool(sigmas[-1] == 0)  # uni_pc changes the sigmas it is given
-    drawn = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    run = {"callback": callback, "disable_pbar": disable_pbar, "seed": seed, "latent_shapes": latent_shapes}
+    drawn = executor(noise, latent_image, sampler, sigmas, denoise_mask, **run)
     if denoise_mask is None or not to_the_end:
         return drawn
     return torch.where(denoise_mask.to(drawn.device) == 0, latent_image.to(drawn), drawn)
