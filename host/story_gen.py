@@ -124,6 +124,11 @@ class ReferenceRule(Rule):
                     f"{self.speaker}: a conditioning of role {entry.role} has an area; references belong to the whole "
                     "picture, so leave areas out."
                 )
+            if entry.cond.get("hooks") is not None:
+                raise ValueError(
+                    f"{self.speaker}: a conditioning of role {entry.role} has hooks; passes over references could not follow "
+                    "weights that change with the prompt, so put LoRAs on the model."
+                )
             if entry.role not in SHOWS:
                 raise ValueError(
                     f"{self.speaker}: the guider has a list of conditionings named '{entry.role}', of which it is unknown "
