@@ -132,7 +132,7 @@ class StoryGenStory:
             if self.blank is None:
                 self.blank = grey(shown[-1], self.negative[0])
             references = self._references(shown)
-            rule = ReferenceRule(self.weights.sites, references, self.blank, stage, Noise(s.seed), s.strength)
+            rule = ReferenceRule(self.weights.sites, references, self.blank, stage, Noise(s.seed), s.strength, self.node_id)
             model = override.register(model, rule)
             line = f"references: {len(references)}, {stage}; {sizing(self.model, rule)}"
         positive = [self.prompts[panel][1]]

@@ -4,6 +4,7 @@ import logging
 import re
 
 import blocks
+import comfy.hooks
 import comfy.samplers
 import pytest
 import story_gen_tiny as sg
@@ -238,6 +239,10 @@ def test_an_area_and_a_list_of_unknown_name_are_refused_before_the_model_runs(mo
     with pytest.raises(ValueError, match="role positive has an area"), sg.Counter(model) as counter:
         sg.draw(model, one, positive=[[text, {**extras, "area": (4, 4, 0, 0), "strength": 1.0}]])
     assert counter.calls == []
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.TransformerOptionsHook({"patches": {"attn1_patch": [print]}}))
+    with pytest.raises(ValueError, match="role positive has hooks"):
+        sg.draw(model, one, positive=[[text, {**extras, "hooks": hooks}]])
     guider = sg.make_guider(override.register(model, one), one, sg.POSITIVE, sg.NEGATIVE, 7.0, 3.5)
     guider.inner_set_conds({"elsewhere": sg.POSITIVE})
     start = torch.zeros(1, 4, *tiny.SIZE)

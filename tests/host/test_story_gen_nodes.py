@@ -458,3 +458,12 @@ def test_more_references_than_training_had_are_said_of_a_story_too(model, clip, 
     with caplog.at_level(logging.WARNING):
         story(model, clip, vae, "a fox", window=3, portraits=references(clip, vae, 2))
     assert "panels read up to 5 references; the weights were trained with up to 3" in caplog.text
+
+
+def test_messages_about_references_name_the_node_that_drew(model, clip, vae, monkeypatch):
+    def free(device=None, torch_free_too=False):
+        return (2**33, 2**33) if torch_free_too else 1000
+
+    monkeypatch.setattr("comfy.model_management.get_free_memory", free)
+    with pytest.raises(ValueError, match="StoryweftStoryGenStory: passes over references in a step: 2, keeping .* give fewer"):
+        story(model, clip, vae, "a fox\nan owl")
