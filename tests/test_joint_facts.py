@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
+from loading import ROOT
 from safetensors import safe_open
 from storyweft.metrics import joint_facts
 from storyweft.training import joint_data
 from storyweft.training.joint_facts import HELD_OUT, facts
-
-from loading import ROOT
 
 
 def reader():
