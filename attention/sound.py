@@ -12,6 +12,7 @@ from torch import Tensor
 
 NOUN = 0.7  # a word is a noun above this
 RULES = ("code", "paper")
+RESTORED = ("mean", "norm")
 LEAST = 0.05  # of the mean before, below which the mean cannot be restored
 
 
@@ -40,17 +41,18 @@ def token_weights(words: Sequence[float], owner: Sequence[int | None]) -> Tensor
     return torch.tensor([1.0 if word is None else words[word] for word in owner], dtype=torch.float64)
 
 
-def reweight(z: Tensor, w: Tensor) -> tuple[Tensor, bool]:
+def reweight(z: Tensor, w: Tensor, restore: str = "mean") -> tuple[Tensor, bool]:
     """z' = y mean(z) / mean(y) with y = w z, for z [..., tokens, channels] and w [tokens] or [tokens, channels].
 
-    The means are over all rows of one prompt. Where mean(y) has nearly vanished or changed its sign the norm is restored
-    in its place; the second result says so. Weights that are all 1 give z itself, bit for bit.
+    The means are over all rows of one prompt. restore "norm" takes the norm in place of the mean; so does "mean" where mean(y)
+    has nearly vanished or changed its sign, and the second result says so. Weights that are all 1 give z itself, bit for bit.
     """
     if not w.requires_grad and (w == 1).all():
         return z, False
     y = z * (w[:, None] if w.ndim == 1 else w)
     before, after = (x.mean((-2, -1), keepdim=True) for x in (z, y))
     lost = (after.abs() < LEAST * before.abs()) | (after * before <= 0)
-    norms = (z.norm(dim=(-2, -1), keepdim=True) / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)).to(y)
-    factor = torch.where(lost, norms, before / torch.where(lost, torch.ones_like(after), after))
-    return y * factor, bool(lost.any())
+    by_norm = lost | (restore == "norm")
+    norms = z.norm(dim=(-2, -1), keepdim=True) / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    factor = torch.where(by_norm, norms, before / torch.where(by_norm, torch.ones_like(after), after))
+    return y * factor, restore == "mean" and bool(lost.any())

@@ -40,7 +40,8 @@ def loaded(path: Path) -> tuple[JointUNet, dict, dict]:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     settings = json.loads(metadata["config"])
-    model = JointUNet(**configuration(tensors), windows=settings["windows"], head_channels=settings["head_channels"])
+    lacking = {name: settings[name] for name in ("windows", "head_channels", "groups")}
+    model = JointUNet(**configuration(tensors), **lacking)
     model.load_state_dict(tensors)
     return model.train(False).requires_grad_(False), settings, metadata
 
@@ -262,7 +263,8 @@ def report(args, metadata: dict, reader_facts: dict, rows) -> list[str]:
         f"`python -m benchmarks.joint_av_effects`: {args.clips} held-out clips of the picture-book world with sound, the model of",
         f"`weights/joint_av.safetensors` ({metadata['examples_seen']} clips seen in {metadata['minutes']} minutes). Ancestral",
         "sampling with the paper's variance, steps spread evenly over the 1000; replacement puts the given half in at every step,",
-        "gradient guidance g also moves the drawn half by g times the gradient of the summed squared error of the given one. Kind (of 4) and place (of 3) of",
+        "gradient guidance g also moves the drawn half by g times the gradient of the summed squared error of the given one.",
+        "Kind (of 4) and place (of 3) of",
         f"each half are read by small classifiers (on held-out clips: {reader_facts['held_out']}). Alike: both halves",
         "are read as the same; chance: halves of different clips of the same row. Loudness with motion: correlation over the 16 frames of",
         "a clip; of other clips: the same between clips.",

@@ -7,8 +7,14 @@ families.py     model class -> where its self-attention is and how its tokens li
 unet.py, transformer.py     the two kinds of families
 consistent.py, bank.py      Consistent Self-Attention as a rule; the characters it remembers
 story_sampling.py, panel_store.py, digest.py    a story drawn panel by panel; finished panels on disk, by content
+reference_pass.py, story_gen*.py    StoryGen: passes over references, guider, weights, a story panel by panel
+reference_attention.py  the same passes answered by the model's own self-attention
 prompts.py      one conditioning row per panel
 sheet.py, fonts.py, wrapping.py     pictures and captions on one sheet
+sounds.py, captioners.py, whisper.py, core_captioner.py, taggers.py    AUDIO, and who puts it into words
+sound_words.py, sound_prompt.py     words of captions at their tokens; weighted prompts and keys
+sound_sampling.py, judges.py        weights tuned through the sampler; who compares picture and sound
+joint.py, imagebind.py              one vector for a sound, a picture or a text
 motion.py, frame_rows.py    predicted embeddings of frames and four ways into a video model
 trained_board.py, magdiff.py    trained parts of StoryImager and MagDiff as rules
 demo.py         the demo models in the host's classes

@@ -32,7 +32,7 @@ RANDOM, FIXED, OFF = "random", "fixed per run", "off"
 SHIFTS = (RANDOM, FIXED, OFF)
 UNCONDITIONAL = "storyweft_unconditional"  # mark of a conditioning that says there is no prompt
 DTYPES = {"default": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-FEATURES = 12  # tensors of the widest features that are alive at once, for the memory estimate
+FEATURES = 8  # tensors of the widest features that are alive at once (6.4 counted in float16), for the memory estimate
 
 
 class Media(NamedTuple):
@@ -84,7 +84,10 @@ class JointDenoiser(JointUNet):
         mode = transformer_options.get(SHIFT, RANDOM)
         moment = "" if mode == FIXED else f" {timestep.flatten()[0].item():.3f}"
         shifts = no_shift if mode == OFF else RandomShifts(f"{seed}{moment}")
-        return super().forward(x[0], x[1], timestep, shifts)
+        noises = super().forward(x[0], x[1], timestep, shifts)
+        if not all(half.isfinite().all() for half in noises):  # dpm_adaptive would never end
+            raise ValueError(f"{LOADER}: the model answers with numbers that are not finite; try another weight_dtype")
+        return noises
 
 
 class JointAVModel(comfy.model_base.BaseModel):
@@ -123,9 +126,15 @@ def with_settings(model, shift: str, clip: bool):
     return model
 
 
-def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-    """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts."""
-    guider, shapes = executor.class_obj, kwargs["latent_shapes"]
+def check_run(
+    executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,
+    latent_shapes=None,
+):  # fmt: skip
+    """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts.
+
+    What the noise mask keeps comes back bit for bit once a run has taken all noise away; some samplers miss it by 1e-3.
+    """
+    guider, shapes = executor.class_obj, latent_shapes or [latent_image.shape]
     model = guider.model_patcher.model
     check_latents(shapes, latent_image, model)
     cfg = getattr(guider, "cfg", 1.0)
@@ -143,7 +152,12 @@ def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
             f"{LOADER}: the latent has {shapes[0][2]} frames and {shapes[1][2]} samples, the model was trained on "
             f"{model.media.frames} and {model.media.samples}."
         )
-    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    to_the_end = bool(sigmas[-1] == 0)  # uni_pc changes the sigmas it is given
+    run = {"callback": callback, "disable_pbar": disable_pbar, "seed": seed, "latent_shapes": latent_shapes}
+    drawn = executor(noise, latent_image, sampler, sigmas, denoise_mask, **run)
+    if denoise_mask is None or not to_the_end:
+        return drawn
+    return torch.where(denoise_mask.to(drawn.device) == 0, latent_image.to(drawn), drawn)
 
 
 def check_latents(shapes, latent_image, model: JointAVModel) -> None:
@@ -190,7 +204,10 @@ def patched(config: PixelConfig, make, weights: dict[str, torch.Tensor], source:
         )
     cast = management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
-    model = make(device=offload)
+    try:
+        model = make(device=offload)
+    except ValueError as error:
+        raise ValueError(f"{LOADER}: {source}: {error}") from error
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=offload)
     try:
@@ -228,5 +245,5 @@ def load_demo_joint_av(folder: str | Path = WEIGHTS, disable_dynamic: bool = Fal
 def from_config(weights: dict[str, torch.Tensor], config: dict, disable_dynamic: bool = False):
     """A model from weights and the settings that a trainer records beside them."""
     media = Media(**{name: config[name] for name in Media._fields})
-    settings = {name: config[name] for name in ("windows", "head_channels", "heads") if name in config}
+    settings = {name: config[name] for name in ("windows", "head_channels", "heads", "groups") if name in config}
     return build(weights, "joint_av.safetensors", media, torch.float32, disable_dynamic, **settings)

@@ -16,6 +16,7 @@ BOTH, VIDEO, SOUND = "both", "video", "sound"
 KEEP = (BOTH, VIDEO, SOUND)
 RATE, FPS = "sample_rate", "fps"  # entries of a joint latent that say what its halves are
 QUIET = 1e-4
+PLAYED = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)  # rates that AAC knows
 
 
 def media_of(model, node_id: str) -> Media:
@@ -102,13 +103,19 @@ def pair_of(latent: dict, node_id: str) -> list[torch.Tensor]:
 
 
 def decode(latent: dict, fps: float, sample_rate: int) -> tuple[torch.Tensor, dict, float]:
-    """IMAGE [B * F, H, W, 3], AUDIO and frames a second; 0 takes the rate that the latent names, ValueError if it names none."""
+    """IMAGE [B * F, H, W, 3], AUDIO and frames a second; 0 takes the rate that the latent names, ValueError if it names none.
+
+    A named rate that video files cannot hold (the demo model's 4000) is raised to the next multiple of it that they can.
+    """
     video, sound = pair_of(latent, DECODE)
-    fps, sample_rate = fps or latent.get(FPS, 0), sample_rate or latent.get(RATE, 0)
-    if not fps or not sample_rate:
+    fps, rate = fps or latent.get(FPS, 0), int(sample_rate or latent.get(RATE, 0))
+    if not fps or not rate:
         raise ValueError(f"{DECODE}: latent does not say its rates: set fps and sample_rate")
     images = ((video.movedim(1, -1).flatten(0, 1) + 1) / 2).clamp(0, 1)
-    return images, {"waveform": sound.clamp(-1, 1), "sample_rate": int(sample_rate)}, float(fps)
+    if not sample_rate and rate not in PLAYED:
+        played = next((other for other in PLAYED if other > rate and other % rate == 0), PLAYED[-1])
+        sound, rate = torchaudio.functional.resample(sound, rate, played), played
+    return images, {"waveform": sound.clamp(-1, 1), "sample_rate": rate}, float(fps)
 
 
 def time_mask(latent: dict, half: str, start: float, end: float) -> dict:

@@ -6,12 +6,11 @@ States of core stand at x / sqrt(a) = x * sqrt(1 + sigma^2); the formulas of sam
 import logging
 
 import comfy.sample
-import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.k_diffusion.sampling import trange
+from comfy.k_diffusion.sampling import sample_euler, trange
 from comfy.nested_tensor import NestedTensor
 
 from ..sampling.cross_guidance import Known, guided_step
@@ -28,6 +27,14 @@ GUIDANCE = (REPLACEMENT, GRADIENT)
 DDPM, DDIM, DPM = "ddpm", "ddim", "dpm_solver"
 METHODS = (DPM, DDIM, DDPM)
 HALVES = ("video", "sound")
+TIMES = 1000
+
+
+class FromNoise(comfy.samplers.KSAMPLER):
+    """Starts from noise of full size at whatever level, as the authors do when the noisiest steps are left out."""
+
+    def max_denoise(self, model_wrap, sigmas) -> bool:
+        return True
 
 
 def model_levels(model_sampling) -> torch.Tensor:
@@ -190,23 +197,16 @@ def run_joint(model, latent: dict, seed: int, steps: int, method: str, task: str
     if method == DPM:
         sampler, text = comfy.samplers.KSAMPLER(sample_dpm_solver), f"dpm{steps}"
     elif method == DDIM:
-        sampler, text = comfy.samplers.ksampler("euler"), f"ddim{steps}"
+        even = any(len(range(0, TIMES, stride)) == steps for stride in range(1, TIMES))
+        sampler, text = FromNoise(sample_euler), f"ddim{steps}" if even else str(steps)
     else:
         options = {"strength": strength if guidance == GRADIENT else 0.0}
         sampler, text = comfy.samplers.KSAMPLER(sample_ddpm, options), str(steps)
-    try:
-        sigmas = respaced_sigmas(model, text)
-    except ValueError as error:
-        raise ValueError(f'{SAMPLER}: steps {steps} with method "{method}": {error}') from error
+    sigmas = respaced_sigmas(model, text)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(no_prompt(), no_prompt())
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     drawn = guider.sample(noise, samples, sampler, sigmas, mask, callback, not comfy.utils.PROGRESS_BAR_ENABLED, seed)
     halves = [half.to(before) for half, before in zip(drawn.unbind(), samples.unbind(), strict=True)]
-    if mask is not None:
-        given = comfy.sampler_helpers.prepare_mask
-        masks = [given(one, half.shape, half.device) for one, half in zip(mask.unbind(), halves, strict=True)]
-        kept = zip(masks, samples.unbind(), halves, strict=True)
-        halves = [torch.where(one == 0, before, half) for one, before, half in kept]
     return {**latent, "samples": NestedTensor(halves)}

@@ -21,13 +21,14 @@ from torch import Tensor
 MASK = "attention_mask"
 
 
-def encode_panels(clip, prompts: list[str], node_id: str) -> list[list]:
+def encode_panels(clip, prompts: list[str], node_id: str, tokenize=None) -> list[list]:
     """A conditioning list [[tensor [panels, tokens, channels], extras], ...], one entry per scheduled range of `clip`.
 
     Extras with a batch dimension (pooled_output, attention_mask, ...) are stacked, all others must agree between
-    prompts. Raises ValueError naming `node_id` when the encoder's answers cannot share a batch.
+    prompts. `tokenize(prompt)` stands for the clip's own where given. Raises ValueError naming `node_id` when the encoder's
+    answers cannot share a batch.
     """
-    tokens = {prompt: clip.tokenize(prompt) for prompt in prompts}
+    tokens = {prompt: (tokenize or clip.tokenize)(prompt) for prompt in prompts}
     encoded = _encode(clip, tokens, comfy.utils.ProgressBar(len(tokens)))
     join_rows = _repeated if _repeats(clip, tokens) else _left_padded if _pads_left(clip, tokens, encoded) else None
     if join_rows is None and len(_lengths(encoded)) > 1:

@@ -19,7 +19,10 @@ OTHER = 0x53746F727947656E  # turns a sampler's seed into another one
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """latent [1, C, h, w] as the VAE gives it and the entry [text, extras] of the conditioning that describes it."""
+    """latent [1, C, h, w] as the VAE gives it and the entry [text, extras] of the conditioning that describes it.
+
+    Both may have a row for each latent of the run instead, where every one has references of its own.
+    """
 
     latent: Tensor
     caption: list
@@ -56,7 +59,6 @@ class ReferencePasses:
 
     def __init__(self, run, noise):
         self.run, self.noise = run, noise
-        self.rows = 0  # latents that went through the model so far
         self._inputs: dict[Reference, tuple[Tensor, Tensor, dict]] = {}
         self._kept: dict[tuple[Reference, int], dict[tuple, Tensor]] = {}
 
@@ -107,7 +109,6 @@ class ReferencePasses:
         conds = comfy.samplers.cond_cat([given for _, _, given in inputs])
         options = {"patches": {"middle_patch": [capture]}, "cond_or_uncond": [0] * len(pairs)}
         base.apply_model(x, sigmas.repeat_interleave(items), **conds, transformer_options=options)
-        self.rows += len(x)
         for number, pair in enumerate(pairs):
             self._kept[pair] = {
                 site: found[number * items : (number + 1) * items] for site, found in capture.features.items()
@@ -142,4 +143,4 @@ def check_memory(run, needed: int, count: int, node_id: str) -> None:
 
 def memory_line(passes: int, latents: int, needed: int) -> str:
     many = f" for {latents} pictures" if latents > 1 else ""
-    return f"{passes} reference passes a step{many} keep {math.ceil(needed / 2**20 * 10) / 10} MiB"
+    return f"passes over references in a step: {passes}{many}, keeping {math.ceil(needed / 2**20 * 10) / 10} MiB"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ORDER = (
+    "StoryweftAudioCaptionEmbedding",  # weights of words, there before anybody moves them
     "StoryweftStyleAligned",
     "StoryweftConsistentSelfAttention",
     "StoryweftBoard",

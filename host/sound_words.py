@@ -1,6 +1,5 @@
 """Which tokens of an encoded caption belong to which of its words, and the weight of every row of the prompt."""
 
-import torch
 from torch import Tensor
 
 from ..attention.sound import token_weights
@@ -11,7 +10,8 @@ IDENTIFIER = "embedding:"  # core's syntax for textual inversions
 
 def tokenize(clip, caption: str) -> dict:
     """Tokens of a caption as plain text: brackets, weights and names of textual inversions in it mean nothing."""
-    return clip.tokenize(caption.replace(IDENTIFIER, "embedding :"), disable_weights=True)
+    plain = caption.replace(IDENTIFIER, "embedding :")
+    return clip.tokenize(plain.replace("(", "\\(").replace(")", "\\)"))
 
 
 def row_owners(clip, caption: str, words: list[str], length: int, node_id: str) -> list[int | None]:
@@ -70,11 +70,3 @@ def place(ids: list[int], tokens: list[tuple[int, int]], chunked: bool) -> list[
 def row_weights(clip, caption: str, words: list[str], weights: list[float], length: int, node_id: str) -> Tensor:
     """w [length], float64: the weight of each row's word, 1 for start, end, padding and templates."""
     return token_weights(weights, row_owners(clip, caption, words, length, node_id))
-
-
-def nouns_of(owners: list[int | None], nouns: list[float], least: float) -> Tensor:
-    """Which rows are those of nouns, [length] boolean; the second word's where there is none, as the authors have it."""
-    named = [noun > least for noun in nouns]
-    if not any(named) and len(named) > 1:
-        named[1] = True
-    return torch.tensor([owner is not None and named[owner] for owner in owners])

@@ -82,11 +82,22 @@ class ReferenceRule(Rule):
     """references oldest first, `blank` what a row without them reads; see sampling/story_gen.py for `stage`.
 
     noise: shape -> the one noise of all references. strength scales the image branch as one unit; 0 is the bare model.
+    speaker: id of the node that messages name, if not the rule's own.
     """
 
     node_id = NODE_ID
 
-    def __init__(self, sites: ImageSites, references: tuple[Reference, ...], blank: Reference | None, stage: str, noise, strength=1.0):
+    def __init__(
+        self,
+        sites: ImageSites,
+        references: tuple[Reference, ...],
+        blank: Reference | None,
+        stage: str,
+        noise,
+        strength: float = 1.0,
+        speaker: str = "",
+    ):
+        self.speaker = speaker or self.node_id
         self.sites, self.references, self.blank = sites, references, blank
         self.stage, self.noise, self.strength = stage, noise, strength
         self.neutral = strength == 0 or not references
@@ -110,25 +121,30 @@ class ReferenceRule(Rule):
         for entry in run.listed:
             if "area" in entry.cond:
                 raise ValueError(
-                    f"{self.node_id}: a conditioning of role {entry.role} has an area; references belong to the whole "
+                    f"{self.speaker}: a conditioning of role {entry.role} has an area; references belong to the whole "
                     "picture, so leave areas out."
+                )
+            if entry.cond.get("hooks") is not None:
+                raise ValueError(
+                    f"{self.speaker}: a conditioning of role {entry.role} has hooks; passes over references could not follow "
+                    "weights that change with the prompt, so put LoRAs on the model."
                 )
             if entry.role not in SHOWS:
                 raise ValueError(
-                    f"{self.node_id}: the guider has a list of conditionings named '{entry.role}', of which it is unknown "
+                    f"{self.speaker}: the guider has a list of conditionings named '{entry.role}', of which it is unknown "
                     "whether it sees the references; use StoryweftStoryGenGuider or a sampler with positive and negative."
                 )
         t = run.state[self].timestep()
         if self.stage == AUTO and t // PART * len(self.references) > LAST:
             logging.warning(
                 "%s: %d references in stage %s reach beyond timestep %d at the first steps; the oldest are held there.",
-                self.node_id,
+                self.speaker,
                 len(self.references),
                 AUTO,
                 LAST,
             )
         passes = self.passes(t)
-        check_memory(run, self.size_of(run.base, run.family, passes, run.latent_shape[0]), len(passes), self.node_id)
+        check_memory(run, self.size_of(run.base, run.family, passes, run.latent_shape[0]), len(passes), self.speaker)
 
     @staticmethod
     def size_of(base, family, passes: list, latents: int) -> int:
@@ -203,13 +219,16 @@ class StoryGenGuider(comfy.samplers.CFGGuider):
 
 
 def make_guider(model, rule: ReferenceRule | None, positive, negative, text_scale: float, image_scale: float):
-    """The guider of a MODEL on which `rule`, if any, is registered."""
+    """The guider of a MODEL on which `rule`, if any, is registered. Warns of an image scale without effect."""
     guider = StoryGenGuider(model)
     guider.set_scales(text_scale, image_scale, rule is None or rule.neutral)
     guider.set_conds(positive, negative)
-    if text_scale <= 1 and image_scale != text_scale:
+    if rule is not None and text_scale <= 1 and image_scale != text_scale:
         logging.warning(
-            "%s: text_scale is %g, which turns guidance off, so image_scale %g has no effect.", NODE_ID, text_scale, image_scale
+            "%s: text_scale is %g, which turns guidance off, so image_scale %g has no effect.",
+            rule.speaker,
+            text_scale,
+            image_scale,
         )
     return guider
 

@@ -73,9 +73,11 @@ class StoryGenStory:
         digest.feed([FORMAT, fingerprint(self.model), vars(self.settings), self.latent, self.negative])
         digest.feed([self.weights.sites.modules(network), self.weights.sites.twice])
         feed_model(digest, self.model)
-        digest.feed(self.vae.first_stage_model)
+        for name, weight in sorted(self.vae.first_stage_model.state_dict().items()):
+            digest.feed(name)
+            digest.feed_weight(weight)
         if self.store is not None:
-            self.store.key(digest)
+            self.store.key(digest)  # notes what cannot be told apart
         return digest.text
 
     def draw(self) -> tuple[Tensor, str]:
@@ -95,7 +97,7 @@ class StoryGenStory:
                 if key is not None:
                     self.store.put(key, latent)
             done.append(latent)
-            if panel + 1 < len(self.prompts):
+            if self.settings.window and panel + 1 < len(self.prompts):
                 self._remember(panel, latent)
             progress.update_absolute((panel + 1) * self.settings.steps, total)
         if self.store is not None and self.store.unknown:
@@ -130,9 +132,9 @@ class StoryGenStory:
             if self.blank is None:
                 self.blank = grey(shown[-1], self.negative[0])
             references = self._references(shown)
-            rule = ReferenceRule(self.weights.sites, references, self.blank, stage, Noise(s.seed), s.strength)
+            rule = ReferenceRule(self.weights.sites, references, self.blank, stage, Noise(s.seed), s.strength, self.node_id)
             model = override.register(model, rule)
-            line = f"{len(references)} references, {stage}; {sizing(self.model, rule)}"
+            line = f"references: {len(references)}, {stage}; {sizing(self.model, rule)}"
         positive = [self.prompts[panel][1]]
         guider = make_guider(model, rule, positive, self.negative, s.text_scale, s.image_scale)
         preview = previewer(model)

@@ -130,8 +130,8 @@ def _config_from_unet(base: dict):
 
 
 def renamed(base: dict, unet_config: dict, source: str) -> dict:
-    names = comfy.utils.unet_to_diffusers(unet_config)
-    expected = {key for key in names if names[key] in shapes(unet_config)}
+    names, known = comfy.utils.unet_to_diffusers(unet_config), shapes(unet_config)
+    expected = {key for key in names if names[key] in known}
     missing, unknown = sorted(expected - set(base)), sorted(set(base) - expected)
     if missing or unknown:
         what = f"{len(missing)} tensors are missing ({', '.join(missing[:3])})" if missing else ""

@@ -25,13 +25,14 @@ def slaney_mel(mels: int = MELS, window: int = WINDOW, rate: int = RATE) -> Tens
     return torch.minimum(rise, fall).clamp(min=0) * (2 / (edges[2:] - edges[:-2]))[:, None]
 
 
-def log_mel(wave: Tensor, edges: str = "reflect") -> Tensor:
-    """Features [n, 500, 64] in dB of mono sounds [n, samples] at 32 kHz, padded with zeros or cut to 10 s.
+def log_mel(wave: Tensor, edges: str = "reflect", samples: int = SAMPLES) -> Tensor:
+    """Features [n, samples / 640, 64] in dB of mono sounds at 32 kHz, padded with zeros or cut to `samples`, 10 s.
+
 
     edges: "reflect" as the weights were trained with, or "constant", zeros beyond the ends as librosa from 0.10 has it.
     The floor lies 80 dB below the loudest value of each sound.
     """
-    wave = pad(wave.double(), (0, max(SAMPLES - wave.shape[1], 0)))[:, :SAMPLES]
+    wave = pad(wave.double(), (0, max(samples - wave.shape[1], 0)))[:, :samples]
     hann = torch.hann_window(WINDOW, periodic=True, dtype=torch.float64, device=wave.device)
     found = torch.stft(
         pad(wave[:, None], (WINDOW // 2, WINDOW // 2), mode=edges)[:, 0],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate
 
 from ..attention.cross_modal import Shifts, cross_modal_attention, listed_shifts, no_shift
-from .joint_layers import AudioConv, Norm, Reshaped, SelfAttention, VideoConv, VideoPoint
+from .joint_layers import GROUPS, AudioConv, Norm, Reshaped, SelfAttention, VideoConv, VideoPoint
 
 DILATIONS = 10  # the audio dilation of block n is 2 ** (n % DILATIONS)
 
@@ -165,7 +165,8 @@ class JointUNet(nn.Module):
 
     `windows` are in frames, one for every entry of `cross_attention_resolutions` (how often the size was halved, as a
     factor 1, 2, 4, 8). All sizes are free as long as H and W divide by 2 ** (levels - 1), L by 4 ** (levels - 1), and
-    every level keeps a sample for each frame. Defaults are the published settings (133,675,524 parameters).
+    every level keeps a sample for each frame. Defaults are the published settings (133,675,524 parameters). `groups` of
+    the norms: with as many as channels no layer knows the mean colour of a clip, and samples get a tint of chance.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class JointUNet(nn.Module):
         audio_attention_resolutions: Iterable[int] = (),
         head_channels: int = 64,
         heads: int = 4,
+        groups: int = GROUPS,
         middle_cross: bool = True,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -224,6 +226,9 @@ class JointUNet(nn.Module):
         norms = [Norm(channels, operations, device) for _ in range(2)]
         self.video_out = nn.Sequential(norms[0], nn.SiLU(), VideoPoint(channels, 3, kernel=3, **place))
         self.audio_out = nn.Sequential(norms[1], nn.SiLU(), AudioConv(channels, 1, **place))
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = groups
 
     def _coupled(self, before, channels, number, factor=None, resample="", middle=False) -> CoupledBlock:
         attention = {
@@ -297,7 +302,7 @@ class JointUNet(nn.Module):
 
 
 def configuration(weights: dict[str, Tensor]) -> dict:
-    """The arguments of JointUNet that weights tell; windows, head_channels and heads are not among them.
+    """The arguments of JointUNet that weights tell; windows, head_channels, heads and groups are not among them.
 
     ValueError when these are not the weights of a coupled U-Net.
     """

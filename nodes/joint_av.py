@@ -185,8 +185,8 @@ class RandomShiftAVSampler(io.ComfyNode):
                     default=20,
                     min=1,
                     max=1000,
-                    tooltip="Evaluations of the model. The authors use 20 with dpm_solver and 1000 with ddpm; ddim takes "
-                    "numbers that a stride through 1000 leaves, such as 20, 25, 50, 100.",
+                    tooltip="Evaluations of the model. The authors use 20 with dpm_solver and 1000 with ddpm, "
+                    "which needs at least 100.",
                 ),
                 io.Combo.Input(
                     "method",

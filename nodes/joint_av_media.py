@@ -116,7 +116,7 @@ class DecodeJointLatent(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "sample_rate", default=0, min=0, max=192000, advanced=True,
-                    tooltip="Samples of sound a second; 0: what the latent says.",
+                    tooltip="Samples of sound a second; 0: what the latent says, raised where video files cannot hold it.",
                 ),
             ],
             outputs=[

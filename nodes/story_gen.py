@@ -151,7 +151,7 @@ STAGE_TIP = (
     "no: leave references out."
 )
 NOISE = io.Int.Input(
-    "noise_seed",
+    "reference_seed",
     default=0,
     min=0,
     max=2**64 - 1,
@@ -233,7 +233,7 @@ class StoryGenGuider(io.ComfyNode):
         image_scale,
         strength,
         references=(),
-        noise_seed=0,
+        reference_seed=0,
         reference_range=AS_TRAINED,
     ) -> io.NodeOutput:
         finite(NODE_ID, text_scale=text_scale, image_scale=image_scale, strength=strength)
@@ -244,9 +244,9 @@ class StoryGenGuider(io.ComfyNode):
             span = own.pixel_range if reference_range == AS_TRAINED else pictures.STANDARD
             encoded = pictures.encode(references, span)
             blank = pictures.grey(references[0], negative[0])
-            rule = ReferenceRule(own.sites, encoded, blank, stage, Noise(noise_seed), strength)
+            rule = ReferenceRule(own.sites, encoded, blank, stage, Noise(reference_seed), strength)
             model = override.register(model, rule)
-            line = f"{len(encoded)} references, {stage}; {sizing(model, rule)}"
+            line = f"references: {len(encoded)}, {stage}; {sizing(model, rule)}"
         guider = make_guider(model, rule, positive, negative, text_scale, image_scale)
         return io.NodeOutput(guider, line)
 
@@ -295,7 +295,7 @@ class ReferenceAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, references, stage, strength, noise_seed=0) -> io.NodeOutput:
+    def execute(cls, model, references, stage, strength, reference_seed=0) -> io.NodeOutput:
         finite(PLAIN_ID, strength=strength)
         check_family(families.find(model, PLAIN_ID), PLAIN_ID)
         line = used(PLAIN_ID, stage, references, strength)
@@ -305,11 +305,11 @@ class ReferenceAttention(io.ComfyNode):
             weights.transformer_blocks(model.model.diffusion_model),
             pictures.encode(references, pictures.STANDARD),
             stage,
-            Noise(noise_seed),
+            Noise(reference_seed),
             strength,
         )
         model = override.register(model, rule)
-        return io.NodeOutput(model, f"{len(references)} references, {stage}; {sizing(model, rule)}")
+        return io.NodeOutput(model, f"references: {len(references)}, {stage}; {sizing(model, rule)}")
 
 
 NODES = [StoryGenLoader, StoryGenWeightsNode, StoryGenReferences, StoryGenGuider, ReferenceAttention]

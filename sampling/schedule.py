@@ -73,8 +73,11 @@ def times_of(lambdas: Tensor, alphas: Tensor) -> Tensor:
 
 
 def solver_times(lambdas: Tensor, alphas: Tensor) -> Tensor:
-    """The whole times, rounded down, at which the authors ask the network for these lambdas."""
-    return (times_of(lambdas, alphas) + 1e-6).long()
+    """The whole times, rounded down, at which the authors ask the network for these lambdas.
+
+    A level that comes from sigmas in float32 may lie just below its own time; that is not rounded down.
+    """
+    return (times_of(lambdas, alphas) + 1e-4).long()
 
 
 def solver_orders(evaluations: int) -> list[int]:

@@ -54,9 +54,9 @@ def disagreement(a: Tensor, b: Tensor, log_scale: Tensor | float = LARGEST) -> T
     return (1 - scale * (normalize(a, dim=-1) * normalize(b, dim=-1)).sum(-1)).mean()
 
 
-def objective(z: Tensor, w: Tensor, draw, judge, terms: Terms) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def objective(z: Tensor, w: Tensor, draw, judge, terms: Terms, restore: str = "mean") -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The three losses with their factors, the picture and the prompt of weights w [tokens, channels]."""
-    prompt, _ = reweight(z, w)
+    prompt, _ = reweight(z, w, restore)
     picture = draw(prompt)
     text, audio = judge(picture)
     distance = (z - prompt).square().sum()
@@ -72,20 +72,26 @@ def optimise(
     rounds: int = 10,
     rate: float = 0.01,
     report: Callable[[int, Round], None] | None = None,
+    scale: float = 1.0,
+    restore: str = "mean",
 ) -> tuple[list[Round], Tensor]:
     """All rounds and the weights [tokens, channels] after the last one's update, which no round shows.
 
     z [..., tokens, channels] is the plain prompt, weights [tokens] the ones to begin with; `draw` makes pictures in [0, 1] of a
-    prompt, `judge` gives their disagreement with caption and sound.
+    prompt, `judge` gives their disagreement with caption and sound. scale multiplies the loss for the backward pass alone, so
+    that gradients of half precision do not vanish. restore as for `reweight`. Raises RuntimeError when a gradient is no number.
     """
     w = weights.to(z)[:, None].repeat(1, z.shape[-1]).requires_grad_(True)
     optimiser = torch.optim.Adam([w], lr=rate)
     found = []
     for index in range(rounds):
-        parts, picture, prompt = objective(z, w, draw, judge, terms)
+        parts, picture, prompt = objective(z, w, draw, judge, terms, restore)
         loss = sum(parts)
         optimiser.zero_grad()
-        loss.backward()
+        (loss * scale).backward()
+        w.grad /= scale
+        if not w.grad.isfinite().all():
+            raise RuntimeError(f"the gradient of round {index + 1} is no number; run the model in bfloat16 or float32.")
         one = Round(
             loss.item(), tuple(part.detach().item() for part in parts), picture.detach(), prompt.detach()
         )

@@ -10,7 +10,7 @@ from comfy.sd1_clip import SDTokenizer
 from conformance_consistent import read
 from storyweft.attention.sound import NOUN, token_weights, word_weights
 from storyweft.host.imagebind import see, tokenize
-from storyweft.host.sound_words import nouns_of, place, word_tokens
+from storyweft.host.sound_words import place, word_tokens
 from storyweft.metrics.mapping import diagnose
 from storyweft.models import (
     act,
@@ -34,6 +34,14 @@ def stream(name: str, shape, seed: int) -> torch.Tensor:
     """The procedural numbers of the README for a tensor."""
     state = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
     return torch.from_numpy(state.standard_normal(tuple(shape)))
+
+
+def noun_rows(owners: list, nouns: list[float]) -> torch.Tensor:
+    """Which rows the authors put in their group of nouns: those of word 1 where there is none."""
+    named = [noun > NOUN for noun in nouns]
+    if not any(named) and len(named) > 1:
+        named[1] = True
+    return torch.tensor([owner is not None and named[owner] for owner in owners])
 
 
 def act_frontend_file(path, report) -> None:
@@ -108,7 +116,7 @@ def wild_optimise(path, report) -> None:
     heard, nouns = (json.loads(meta[key])[0] for key in ("decoder_prob", "noun_prob"))
     ids = [token for token, *_ in tokenizer.tokenize_with_weights(" ".join(words))[0]]
     owners = place(ids, word_tokens(tokenizer, words), True)
-    group = nouns_of(owners, nouns, NOUN)
+    group = noun_rows(owners, nouns)
     w = token_weights(word_weights(heard, nouns), owners).float()
     report.close(name, "opt.w_group0_init", w[~group], data["opt.w_group0_init"], 2.5e-7)
     report.close(name, "opt.n_group_init", w[group], data["opt.n_group_init"], 2.5e-7)

@@ -123,12 +123,15 @@ def test_bad_folders_are_refused(tmp_path, videos):
         train(videos, tmp_path, "--steps", "1", "--sound-rate", "20")
 
 
-def test_weight_counts_small_noise_less_and_none_is_the_papers_loss():
-    torch.manual_seed(0)
-    made, noise, snr = torch.randn(3, 1, 8), torch.randn(3, 1, 8), torch.tensor([0.1, 1.0, 10.0])
-    each = (made - noise).square().mean((1, 2))
-    torch.testing.assert_close(joint_unet.weighted(made, noise, snr, 0), (made - noise).square().mean())
-    torch.testing.assert_close(joint_unet.weighted(made, noise, snr, 1.0), (each[0] + each[1] + each[2] / 10) / 3)
+def test_weight_spends_less_on_small_noise_and_none_is_the_papers_loss():
+    t = torch.arange(1000)
+    snr = joint_unet.ALPHAS / (1 - joint_unet.ALPHAS)
+    assert (joint_unet.weight(t, 0) == 1).all()
+    found = joint_unet.weight(t, 0.1)
+    torch.testing.assert_close(found.mean(), torch.tensor(1.0))
+    strong = snr < 0.1
+    assert (found[strong] == found[-1]).all() and found[-1] > 1
+    torch.testing.assert_close(found[~strong] * snr[~strong], (found[-1] * 0.1).expand(int((~strong).sum())))
 
 
 def test_group_norm_of_contiguous_copies_is_the_same():

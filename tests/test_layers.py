@@ -23,6 +23,8 @@ ALLOWED = {
         "safetensors",
         "PIL",
         "numpy",
+        "av",
+        "transformers",
         "attention",
         "sampling",
         "models",

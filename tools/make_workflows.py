@@ -33,7 +33,7 @@ BUILD = """async ([api, text, name, HEIGHT]) => {
             const size = node.computeSize(), long = node.widgets?.some(widget => widget.options?.multiline);
             node.setSize([Math.max(size[0], long ? 420 : 270),
                           Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 :
-                                    /SaveImage|SaveAnimated|Preview/.test(node.type) ? 320 : 0)]);
+                                    /SaveImage|SaveAnimated|SaveVideo|Preview/.test(node.type) ? 320 : 0)]);
         }
         const room = node.size[1] + (/Sampler/.test(node.type) ? 260 : /BoxTrack/.test(node.type) ? 120 : 0);  // both grow when run
         if (y > 60 && y + room > HEIGHT) { x += wide + 70; y = 60; wide = 0; }

@@ -3,10 +3,11 @@
 `python -m training.joint_unet --data FOLDER` takes any videos with sound, without --data the picture-book world is
 drawn. `accelerate launch` in place of `python` trains on several GPUs or machines. The loss is the paper's: the noise of
 both halves at one time, with a shift drawn for every cross-modal block at every step. `--weight-video C` and
-`--weight-audio C` (0: as the paper) multiply a half's loss by min(1, C / SNR), which spends less on small noise
-(min-SNR, arXiv 2303.09556). The published model: --frames 16 --size 64 --sound-rate 16000 --channels 128
---mult 1 2 3 4 --blocks 2 --cross 2 4 8 --windows 1 4 8 --attention 2 4 8 --head-channels 64 --weight-video 0
---weight-audio 0 --rate 1e-4 --batch 128.
+`--weight-audio C` (0: as the paper) multiply a half's loss by min(1, C / SNR), scaled to mean 1 over all times, which
+spends less on small noise (min-SNR, arXiv 2303.09556): a short training has to learn what is seen and heard first.
+The published model: --frames 16 --size 64 --sound-rate 16000 --channels 128
+--mult 1 2 3 4 --blocks 2 --cross 2 4 8 --windows 1 4 8 --attention 2 4 8 --head-channels 64 --groups 32
+--weight-video 0 --weight-audio 0 --rate 1e-4 --batch 128.
 """
 
 import argparse
@@ -49,10 +50,12 @@ def contiguous(x, groups, weight=None, bias=None, eps=1e-5):
     return Contiguous.apply(_group_norm(Contiguous.apply(x), groups, weight, bias, eps))
 
 
-def weighted(made: Tensor, noise: Tensor, snr: Tensor, limit: float) -> Tensor:
-    """Mean squared error of predicted noise; clips of signal-to-noise ratio [B] above `limit` (0: none) count less."""
-    each = (made.float() - noise).square().flatten(1).mean(1)
-    return (each * (limit / snr).clamp(max=1) if limit else each).mean()
+def weight(t: Tensor, limit: float) -> Tensor:
+    """min(1, limit / SNR) of times [B], of mean 1 over all times; limit 0: 1."""
+    if not limit:
+        return torch.ones(t.shape)
+    every = (limit * (1 - ALPHAS) / ALPHAS).clamp(max=1)
+    return (every / every.mean())[t]
 
 
 @torch.no_grad()
@@ -107,7 +110,7 @@ class Task(loop.Task):
         built = {
             "model_channels": args.channels, "channel_mult": args.mult, "num_res_blocks": args.blocks,
             "cross_attention_resolutions": args.cross, "windows": args.windows,
-            "video_attention_resolutions": args.attention, "head_channels": args.head_channels,
+            "video_attention_resolutions": args.attention, "head_channels": args.head_channels, "groups": args.groups,
         }  # fmt: skip
         samples = self.clips.samples * self.clips.length
         self.config = {
@@ -152,8 +155,11 @@ class Task(loop.Task):
         device = next(network.parameters()).device
         noises, noisy = [[half.to(device) for half in halves] for halves in (noises, noisy)]
         made = network(*noisy, t.to(device), shifts=self.shifts(generator))
-        snr, limits = (a / (1 - a)).to(device), (self.args.weight_video, self.args.weight_audio)
-        return sum(weighted(m, n, snr, limit) for m, n, limit in zip(made, noises, limits, strict=True))
+        total, limits = 0.0, (self.args.weight_video, self.args.weight_audio)
+        for made_half, noise, limit in zip(made, noises, limits, strict=True):
+            each = (made_half.float() - noise).square().flatten(1).mean(1)
+            total = total + (weight(t, limit).to(device) * each).mean()
+        return total
 
     def show(self, model) -> Image.Image:
         generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
@@ -183,9 +189,10 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--windows", type=int, nargs="+", default=[1, 4], help="its windows in frames, one for each of --cross")
     add("--attention", type=int, nargs="+", default=[8], help="video self-attention where the size is 1 / N")
     add("--head-channels", type=int, default=16, help="channels of a head of the cross-modal attention")
+    add("--groups", type=int, default=8, help="groups of the norms; fewer than channels, or mean colours are not seen")
     add("--shift", default="random", choices=("random", "off"), help="shift of the cross-modal windows")
-    add("--weight-video", type=float, default=0.3, help="min(1, C / SNR) on the loss of pictures, 0: none")
-    add("--weight-audio", type=float, default=5.0, help="min(1, C / SNR) on the loss of sound, 0: none")
+    add("--weight-video", type=float, default=0.005, help="C of the weight on the loss of pictures, 0: none")
+    add("--weight-audio", type=float, default=0.03, help="C of the weight on the loss of sound, 0: none")
     add("--dropout", type=float, default=0.0)
     add("--shown", type=int, default=6, help="clips of the sample sheet")
     add("--shown-steps", type=int, default=25, help="DDIM steps of the sample sheet")

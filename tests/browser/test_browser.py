@@ -21,6 +21,15 @@ QUEUE = """() => new Promise(async done => {
 
 RED = """() => app.graph.nodes.filter(node => node.has_errors).map(node => node.title)"""
 PICTURES = """() => app.graph.nodes.filter(node => node.type === 'SaveImage' && !node.imgs?.length).length === 0"""
+PLAYED = """async () => {
+    const nodes = app.graph.nodes.filter(node => node.type === 'SaveVideo'), found = [];
+    for (const video of document.querySelectorAll('video')) {
+        await video.play();
+        await new Promise(done => setTimeout(done, 800));
+        found.push([video.videoWidth, video.currentTime, video.duration, video.webkitAudioDecodedByteCount]);
+    }
+    return [nodes.length, found];
+}"""
 CROWDED = """() => {
     const boxes = app.graph.nodes.map(node => [node.title, ...node.getBounding()]), pairs = [];
     for (const [one, x, y, w, h] of boxes)
@@ -62,6 +71,10 @@ def test_a_workflow_runs_from_the_page_and_shows_its_pictures(page, screenshots,
     shown(page, screenshots, name)
     assert page.evaluate(RED) == []
     page.wait_for_function(PICTURES, timeout=15000)
+    expected, played = page.evaluate(PLAYED)
+    assert len(played) >= expected
+    for width, reached, seconds, heard in played:
+        assert width > 0 and reached > 0.3 and abs(seconds - 1.6) < 0.15 and heard > 0
 
 
 def test_a_bad_input_shows_its_sentence_in_the_page(page, screenshots):

@@ -4,6 +4,7 @@ import logging
 import re
 
 import blocks
+import comfy.hooks
 import comfy.samplers
 import pytest
 import story_gen_tiny as sg
@@ -15,7 +16,7 @@ from storyweft.host import story_gen_weights as weights
 from storyweft.host.reference_attention import ReferenceAttentionRule
 from storyweft.host.reference_pass import Capture, Noise, Reference
 from storyweft.host.story_gen import ImagePatches, check_family
-from storyweft.sampling.story_gen import ALONE, AUTO, MULTI, branches, reference_timesteps, without_repetition
+from storyweft.sampling.story_gen import AUTO, MULTI
 
 
 @pytest.fixture(scope="module")
@@ -226,23 +227,10 @@ def test_inputs_stay_as_they_are_and_a_second_run_is_the_same(model):
 
 
 def test_references_beyond_the_schedule_are_held_at_its_end(model, caplog):
-    assert max(reference_timesteps(976, 11, AUTO)) == 999
-    assert reference_timesteps(976, 3, AUTO) == [291, 194, 97]
-    assert reference_timesteps(976, 3, MULTI) == [97, 97, 97]
-    assert reference_timesteps(9, 3, AUTO) == [0, 0, 0]
-    assert reference_timesteps(976, 3, ALONE) == []
     references = [sg.reference(seed) for seed in range(11)]
     with caplog.at_level(logging.WARNING):
         sg.draw(model, sg.rule(model, references), steps=1)
     assert "11 references in stage auto-regressive reach beyond timestep 999" in caplog.text
-
-
-def test_repeated_pairs_are_cut_to_what_the_softmax_needs():
-    assert without_repetition(["a", "b", "a", "b"]) == ["a", "b"]
-    assert without_repetition(["a", "a", "a"]) == ["a"]
-    assert without_repetition(["a", "b", "a"]) == ["a", "a", "b"]
-    assert branches(7, 3.5) == ("u", "v", "a")
-    assert branches(7, 1) == ("v", "a") and branches(7, 7) == ("u", "a") and branches(1, 3.5) == ("a",)
 
 
 def test_an_area_and_a_list_of_unknown_name_are_refused_before_the_model_runs(model):
@@ -251,6 +239,10 @@ def test_an_area_and_a_list_of_unknown_name_are_refused_before_the_model_runs(mo
     with pytest.raises(ValueError, match="role positive has an area"), sg.Counter(model) as counter:
         sg.draw(model, one, positive=[[text, {**extras, "area": (4, 4, 0, 0), "strength": 1.0}]])
     assert counter.calls == []
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.TransformerOptionsHook({"patches": {"attn1_patch": [print]}}))
+    with pytest.raises(ValueError, match="role positive has hooks"):
+        sg.draw(model, one, positive=[[text, {**extras, "hooks": hooks}]])
     guider = sg.make_guider(override.register(model, one), one, sg.POSITIVE, sg.NEGATIVE, 7.0, 3.5)
     guider.inner_set_conds({"elsewhere": sg.POSITIVE})
     start = torch.zeros(1, 4, *tiny.SIZE)
@@ -265,7 +257,7 @@ def test_what_references_take_is_said_before_and_refused_when_it_does_not_fit(mo
     family, own = families.find(model, "test"), sg.rule(model, references, MULTI)
     state = own.start(None)
     expected = own.size_of(model.model, family, own.passes(), 2)
-    assert re.search(r"4 reference passes a step for 2 pictures keep ([\d.]+) MiB", caplog.text)
+    assert re.search(r"passes over references in a step: 4 for 2 pictures, keeping ([\d.]+) MiB", caplog.text)
     kept = {}
     original = type(state).ready
 

@@ -16,6 +16,8 @@ ASKED_FOR = [
     ("CheckpointLoaderSimple", "ckpt_name", "sd_xl_base_1.0.safetensors"),
     ("StoryweftLoadCharacter", "file", "demo_Fox.safetensors"),
     ("StoryweftLoadImageAdapter", "file", "ip-adapter-plus_sdxl_vit-h.safetensors"),
+    ("StoryweftJointAVLoader", "model_name", "Landscape.pt"),
+    ("StoryweftFrameUpsamplerLoader", "model_name", "Landscape_SR.pt"),
     ("CLIPVisionLoader", "clip_name", "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"),
     ("LoadBackgroundRemovalModel", "bg_removal_name", "birefnet.safetensors"),
     ("LoadImage", "image", "example.png"),
@@ -23,6 +25,8 @@ ASKED_FOR = [
     ("CLIPLoader", "clip_name", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
     ("VAELoader", "vae_name", "wan_2.1_vae.safetensors"),
     ("ImageOnlyCheckpointLoader", "ckpt_name", "svd.safetensors"),
+    ("unCLIPCheckpointLoader", "ckpt_name", "sd21-unclip-h.ckpt"),
+    ("StoryweftLoadJointEncoder", "encoder", "imagebind_huge.pth"),
 ]
 
 

@@ -2,6 +2,7 @@
 import asyncio
 import re
 
+import av
 import numpy as np
 import pytest
 from comfy_api_simplified import ComfyApiWrapper, ComfyWorkflowWrapper
@@ -10,7 +11,24 @@ from serving import ROOT, RUNNABLE, api, change, node_of
 
 
 def pictures(server, followed) -> list[np.ndarray]:
-    return [np.asarray(Image.open(server.base / i["type"] / i["subfolder"] / i["filename"]).convert("RGB")) for i in followed.images]
+    return [np.asarray(Image.open(path).convert("RGB")) for path in files(server, followed) if path.suffix != ".mp4"]
+
+
+def files(server, followed):
+    return [server.base / image["type"] / image["subfolder"] / image["filename"] for image in followed.images]
+
+
+def clips(server, followed) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Frames [F, H, W, 3] and sound [channels, L] of every video that was saved."""
+    found = []
+    for path in files(server, followed):
+        if path.suffix == ".mp4":
+            with av.open(str(path)) as opened:
+                frames = [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
+            with av.open(str(path)) as opened:
+                sound = [frame.to_ndarray() for frame in opened.decode(audio=0)]
+            found.append((np.stack(frames), np.concatenate(sound, 1)))
+    return found
 
 
 def story_steps(followed, at_least: int) -> list[dict]:
@@ -30,9 +48,11 @@ def test_a_workflow_runs_and_draws_pictures_that_are_not_flat(server, name):
     assert followed.status == 200, followed.answer
     assert not followed.answer["node_errors"]
     assert followed.history["status"]["status_str"] == "success", followed.events[-3:]
-    drawn = pictures(server, followed)
-    assert drawn
+    drawn, made = pictures(server, followed), clips(server, followed)
+    assert drawn or made
     assert all(picture.std() > 15 for picture in drawn)
+    for frames, sound in made:
+        assert len(frames) == 16 and frames.std() > 15 and sound.std() > 1e-3
 
 
 def test_progress_and_previews_arrive_while_a_story_is_drawn(server):

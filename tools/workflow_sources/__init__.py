@@ -1,5 +1,6 @@
 """The example workflows as API graphs; tools/make_workflows.py turns them into what the page opens."""
 
-from . import board, boxes, demo, motion, story, style, subject
+from . import board, boxes, demo, joint_av, motion, sound, story, storygen, style, subject
 
-WORKFLOWS = {made.__name__: made for part in (story, style, boxes, board, subject, motion, demo) for made in part.WORKFLOWS}
+PARTS = (story, style, boxes, board, subject, storygen, motion, sound, joint_av, demo)
+WORKFLOWS = {made.__name__: made for part in PARTS for made in part.WORKFLOWS}
