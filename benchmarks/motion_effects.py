@@ -160,6 +160,9 @@ def report(scores: dict[str, list[dict]], args, studio: Studio) -> str:
     ]
     lines += [
         "",
+        "Differences smaller than two standard errors say nothing, whatever the lines above call them; adapter and predictor are",
+        "undertrained (weights/README.md). More clips: `--clips`, more steps: `--steps`.",
+        "",
         "The embedding of the demo encoder says who is in a picture and not where: a linear probe of it (200 clips to learn from, 50",
         "to test) explains nothing of the character's place. So no predictor of such embeddings can steer the path in this world;",
         "what it carries over the frames is identity. `motion_sheet.jpg`: the first clips, one way below the other in the order of",
