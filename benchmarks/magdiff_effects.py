@@ -198,6 +198,8 @@ def report(args, results: dict, edited: dict, metadata: dict) -> list[str]:
         "",
         *[f"- {'reached' if met else 'MISSED'}: {words}" for met, words in aims],
         "",
+        "On few subjects the intervals are wide; alphas and HFA are undertrained (weights/README.md). `--subjects` measures more.",
+        "",
         "Rows of the sheet: the pictures, then the settings of both tables in their order.",
         "",
         "![subjects](magdiff_sheet.jpg)",
