@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from storyweft.host import magdiff
 from training_runs import outputs
 
-STEPS = ["--steps", "2", "--minutes", "0", "--batch", "4", "--cpu", "--count", "4"]
+STEPS = ["--steps", "2", "--minutes", "0", "--batch", "4", "--cpu", "--count", "4", "--warmup", "1", "--rate", "0.05"]
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ def runs(tmp_path_factory):
     options = {
         "first": [*base, "--name", "first"],
         "second": [*base, "--stage", "video", "--start", str(folder / "first.safetensors"), "--precision", "bf16"],
+        "adapter": [*base, "--stage", "video", "--start", str(folder / "first.safetensors"), "--adapter-only", "--name", "adapter"],
         "videos": [*base, "--videos", str(videos), "--dry-run"],
         "empty": [*base, "--videos", str(empty)],
         "both": [*base, "--videos", str(videos), "--stage", "video"],
@@ -67,6 +68,8 @@ def test_stage_one_then_stage_two_make_a_file_of_both(runs):
     adapter, _ = stored(ROOT / "weights" / "adapter.safetensors")
     moved = [key for key in adapter if not torch.equal(adapter[key], both[key])]
     assert "ip_adapter.13.to_v_ip.weight" in moved and "image_proj.proj.weight" in moved
+    alone, _ = stored(folder / "adapter.safetensors")
+    assert set(alone) == set(both) and all(torch.equal(alone[key], tensors[key]) for key in tensors)
     assert (folder / "motion_samples.png").exists() and (folder / "first_state.pt").exists()
 
 

@@ -274,6 +274,7 @@ def main() -> None:
     )
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder of the demo models")
     parser.add_argument("--start", help="predictor file to begin from")
+    parser.add_argument("--adapter-only", action="store_true", help="stage two leaves the predictor as it is")
     parser.add_argument(
         "--free", action="store_true", help="let the predictor change the given pictures' embeddings too"
     )

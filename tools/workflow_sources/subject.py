@@ -172,7 +172,8 @@ def keep_region() -> tuple[dict, str]:
     _drawn(graph, loader, model(), "a bear in the city by day", 4, 5, "keep_region")
     return graph.nodes, (
         "## Keep a region\nMagDiff's way of editing: what is kept is the subject. Here everything but the fox is kept, and the prompt "
-        "asks for a bear: the scene stays in its place and a new character is drawn into it.\n\nSwap the mask's **Invert Mask** out "
+        "asks for a bear. The demo's weights are undertrained and keep the scene only roughly; to keep it exactly add *Set Latent "
+        "Noise Mask*.\n\nSwap the mask's **Invert Mask** out "
         "to keep the fox and draw a new scene instead."
     )
 
