@@ -22,7 +22,7 @@ def problem(seed=0):
     length = rng.integers(3, 9, COUNT)
     padding = np.arange(LENGTH) >= length[:, None]
     prompts[padding] = rng.standard_normal((LENGTH, WIDTH))[np.nonzero(padding)[1]]
-    prompts[..., :3] = 20 * rng.standard_normal((COUNT, LENGTH, 3))
+    prompts[..., :3] = 80 * rng.standard_normal((COUNT, LENGTH, 3))
     prompts = prompts + 5
     tensors = {"audio": e, "target": prompts, "length": length, "target_of": np.arange(COUNT)}
     return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in tensors.items()}

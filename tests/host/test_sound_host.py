@@ -433,17 +433,17 @@ def test_weights_are_tuned_under_inference_mode_and_nothing_is_left_on_the_model
     assert next(model.model.parameters()).is_inference()
     before = {name: value.clone() for name, value in model.model.named_parameters()}
     with torch.inference_mode():
-        found = tuned(model, vae, judge=judge, rounds=12, rate=0.05)
+        found = tuned(model, vae, judge=judge, rounds=6, rate=0.05)
     losses = [one.loss for one in found.rounds]
     assert losses[-1] < losses[0]
-    assert found.latents.shape == (12, 4, 8, 8) and found.after.shape == (1, 77, 16)
+    assert found.latents.shape == (6, 4, 8, 8) and found.after.shape == (1, 77, 16)
     for name, value in model.model.named_parameters():
         assert value.grad is None and not value.requires_grad
         assert torch.equal(value, before[name])
     assert not model.model_options["transformer_options"].get("optimized_attention_override")
     with torch.inference_mode():
-        again = tuned(model, vae, judge=judge, rounds=12, rate=0.05)
-    assert [one.loss for one in again.rounds] == losses  # the same noise, and no state is left
+        again = tuned(model, vae, judge=judge, rounds=2, rate=0.05)
+    assert [one.loss for one in again.rounds] == losses[:2]  # the same noise, and no state is left
 
 
 def test_the_gradient_agrees_with_finite_differences(monkeypatch):

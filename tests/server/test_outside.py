@@ -26,6 +26,7 @@ ASKED_FOR = [
     ("VAELoader", "vae_name", "wan_2.1_vae.safetensors"),
     ("ImageOnlyCheckpointLoader", "ckpt_name", "svd.safetensors"),
     ("unCLIPCheckpointLoader", "ckpt_name", "sd21-unclip-h.ckpt"),
+    ("LoadAudio", "audio", "example.flac"),
     ("StoryweftLoadJointEncoder", "encoder", "imagebind_huge.pth"),
 ]
 

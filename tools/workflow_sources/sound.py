@@ -204,7 +204,7 @@ def sound_and_text() -> tuple[dict, str]:
 def sound_unclip() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("unCLIPCheckpointLoader", "Load unCLIP Checkpoint", ckpt_name="sd21-unclip-h.ckpt")
-    sound = _sound(graph, "Sound", "owl", "forest")
+    sound = graph.add("LoadAudio", "Load Audio", audio="example.flac")
     encoder = graph.add(
         "StoryweftLoadJointEncoder",
         "Load Joint Encoder",
@@ -240,8 +240,8 @@ def sound_unclip() -> tuple[dict, str]:
     graph.add("SaveImage", "Save", images=pictures(), filename_prefix="storyweft/sound_unclip")
     return graph.nodes, (
         "## ImageBind and unCLIP\nNo training: the sound's ImageBind vector goes in where the unCLIP model "
-        "expects that of a picture. Needs `sd21-unclip-h.ckpt` and ImageBind's `imagebind_huge.pth` in "
-        "`models/imagebind` (CC BY-NC-SA 4.0, non-commercial). Put *Load Audio* in place of **Sound**. For the "
+        "expects that of a picture. Needs `sd21-unclip-h.ckpt`, ImageBind's `imagebind_huge.pth` in "
+        "`models/imagebind` (CC BY-NC-SA 4.0, non-commercial) and a sound of yours in **Load Audio**. For the "
         "length of the vector connect pictures encoded by the checkpoint's CLIP_VISION to *reference*."
     )
 
@@ -250,7 +250,7 @@ def sound_story() -> tuple[dict, str]:
     graph = Graph()
     loader = graph.add("StoryweftDemoLoader", "Demo Loader")
     sounds = None
-    for number, place in enumerate(("forest", "beach", "snow", "city"), 1):
+    for number, place in enumerate(("forest", "beach", "snow", "desert"), 1):
         sounds = _sound(graph, f"Sound {number}", "fox", place, before=None if sounds is None else sounds())
     caption, nouns = _heard(graph, sounds())
     script = graph.add("StoryweftScript", "Story Script", characters="", id_panels=2, panels=caption(1), style="")
