@@ -27,8 +27,9 @@ test: env chromium
 	$(RUN) -m pytest -q tests
 
 effects: env
-	for report in effects style_effects box_effects box_video_effects board_effects subject_effects story_gen_effects video; do \
+	for report in effects style_effects box_effects box_video_effects board_effects board_trained_effects subject_effects \
+	    magdiff_effects motion_effects story_gen_effects sound_effects joint_av_effects video; do \
 	    $(RUN) -m benchmarks.$$report || exit 1; done
 
 bench: env
-	for report in consistent style masked board story_gen; do $(RUN) -m benchmarks.$$report || exit 1; done
+	for report in consistent style masked board story_gen joint_av; do $(RUN) -m benchmarks.$$report || exit 1; done
