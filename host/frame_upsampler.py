@@ -18,7 +18,7 @@ KEY = "storyweft_frame_upsampler"
 SMALL = "storyweft_small_frames"  # conditioning entry: frames [F, 3, h, w] in [-1, 1]
 FACTOR = 4
 FRAMES_AT_ONCE = 4
-FEATURES = 40  # tensors of the widest features that are alive at once, for the memory estimate
+FEATURES = 16  # tensors of the widest features that are alive at once (13 counted in float16), for the memory estimate
 
 
 class FrameConfig(PixelConfig):
@@ -65,7 +65,7 @@ def check_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     """Outer wrapper of a run: refuses what the network cannot take before sampling starts."""
     guider = executor.class_obj
     shape, factor = tuple(latent_image.shape), 2 ** (guider.model_patcher.model.diffusion_model.levels - 1)
-    if len(kwargs["latent_shapes"]) != 1 or len(shape) != 4 or shape[1] != 3:
+    if len(kwargs.get("latent_shapes") or [shape]) != 1 or len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"{LOADER}: latent_image {shape} must be frames of 3 channels, [frames, 3, H, W]: use {CONDITION}")
     if shape[2] % factor or shape[3] % factor:
         raise ValueError(f"{LOADER}: latent_image: height and width must be multiples of {factor}, not {shape[2:]}")

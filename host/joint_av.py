@@ -32,7 +32,7 @@ RANDOM, FIXED, OFF = "random", "fixed per run", "off"
 SHIFTS = (RANDOM, FIXED, OFF)
 UNCONDITIONAL = "storyweft_unconditional"  # mark of a conditioning that says there is no prompt
 DTYPES = {"default": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-FEATURES = 12  # tensors of the widest features that are alive at once, for the memory estimate
+FEATURES = 8  # tensors of the widest features that are alive at once (6.4 counted in float16), for the memory estimate
 
 
 class Media(NamedTuple):
@@ -84,7 +84,10 @@ class JointDenoiser(JointUNet):
         mode = transformer_options.get(SHIFT, RANDOM)
         moment = "" if mode == FIXED else f" {timestep.flatten()[0].item():.3f}"
         shifts = no_shift if mode == OFF else RandomShifts(f"{seed}{moment}")
-        return super().forward(x[0], x[1], timestep, shifts)
+        noises = super().forward(x[0], x[1], timestep, shifts)
+        if not all(half.isfinite().all() for half in noises):  # dpm_adaptive would never end
+            raise ValueError(f"{LOADER}: the model answers with numbers that are not finite; try another weight_dtype")
+        return noises
 
 
 class JointAVModel(comfy.model_base.BaseModel):
@@ -123,12 +126,15 @@ def with_settings(model, shift: str, clip: bool):
     return model
 
 
-def check_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+def check_run(
+    executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,
+    latent_shapes=None,
+):  # fmt: skip
     """Outer wrapper of a run on a joint model: refuses what the network cannot take before sampling starts.
 
     What the noise mask keeps comes back bit for bit once a run has taken all noise away; some samplers miss it by 1e-3.
     """
-    guider, shapes = executor.class_obj, kwargs["latent_shapes"]
+    guider, shapes = executor.class_obj, latent_shapes or [latent_image.shape]
     model = guider.model_patcher.model
     check_latents(shapes, latent_image, model)
     cfg = getattr(guider, "cfg", 1.0)
@@ -147,7 +153,8 @@ def check_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None,
             f"{model.media.frames} and {model.media.samples}."
         )
     to_the_end = bool(sigmas[-1] == 0)  # uni_pc changes the sigmas it is given
-    drawn = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    run = {"callback": callback, "disable_pbar": disable_pbar, "seed": seed, "latent_shapes": latent_shapes}
+    drawn = executor(noise, latent_image, sampler, sigmas, denoise_mask, **run)
     if denoise_mask is None or not to_the_end:
         return drawn
     return torch.where(denoise_mask.to(drawn.device) == 0, latent_image.to(drawn), drawn)

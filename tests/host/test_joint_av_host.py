@@ -1,5 +1,7 @@
 """The joint audio-video MODEL under core's samplers: the authors' DDIM, exact halves, seeds, refusals, precision."""
 
+import hashlib
+import json
 import logging
 import threading
 
@@ -8,6 +10,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
+from safetensors.torch import save_file
 from storyweft.host import joint_av, joint_media
 from storyweft.host import joint_sampling as sampling
 from storyweft.models.joint_unet import JointUNet
@@ -92,6 +95,16 @@ def test_every_core_sampler_draws_both_halves(model, name):
     assert [half.shape for half in halves(out)] == [half.shape for half in halves(empty)]
     assert all(half.isfinite().all() and half.any() for half in halves(out))
     assert out["fps"] == 10.0 and out["sample_rate"] == 200
+
+
+def test_the_adaptive_sampler_ends_also_when_the_model_breaks(empty):
+    out = sampled(tiny_joint(), joint_media.empty(tiny_joint(), 1, 0, 0, 0), "dpm_adaptive", steps=2)
+    assert all(half.isfinite().all() for half in halves(out))
+    broken = tiny_joint()
+    with torch.no_grad():
+        broken.model.diffusion_model.video_out[-1].video_conv.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="StoryweftJointAVLoader: the model answers with numbers that are not finite"):
+        sampled(broken, empty, "dpm_adaptive")
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "ddpm", "uni_pc"])
@@ -380,3 +393,17 @@ def test_channels_and_windows_must_fit(tmp_path):
 def test_metadata_of_a_trained_file_sets_sizes(model):
     assert model.model.media == joint_av.Media(4, 8, 8, 80, 200, 10.0)
     assert CONFIG["windows"] == list(model.model.diffusion_model.windows.values())
+
+
+def test_the_demo_loader_reads_a_released_file_and_its_settings(tmp_path, model, empty):
+    path = tmp_path / "joint_av.safetensors"
+    save_file({key: value.half() for key, value in tiny_weights().items()}, path, {"config": json.dumps(CONFIG)})
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
+    loaded = joint_av.load_demo_joint_av(tmp_path)
+    assert loaded.model.media == model.model.media and loaded.model.get_dtype() == torch.float32
+    one, other = sampled(loaded, empty), sampled(model, empty)
+    assert max((a - b).abs().max() for a, b in zip(halves(one), halves(other), strict=True)) < 0.1
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RuntimeError, match="StoryweftDemoJointAVLoader: .*joint_av.safetensors .* truncated or changed"):
+        joint_av.load_demo_joint_av(tmp_path)
