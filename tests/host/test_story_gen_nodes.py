@@ -16,7 +16,10 @@ from loading import GOLDEN
 from safetensors.torch import load_file, save_file
 from storyweft.host import story_gen_references as pictures
 from storyweft.host import story_gen_weights as weights
-from storyweft.host.demo import WEIGHTS, load_vae
+from storyweft.host.demo import WEIGHTS, load_demo, load_vae, read_weights
+from storyweft.host.image_adapter import demo_subject
+from storyweft.host.reference_pass import Reference
+from storyweft.metrics.facts import load_reader, read
 from storyweft.models.story_gen import ENDINGS, split
 from storyweft.nodes import story_gen, story_gen_story
 from storyweft.sampling.story_gen import ALONE, AUTO, MULTI
@@ -467,3 +470,31 @@ def test_messages_about_references_name_the_node_that_drew(model, clip, vae, mon
     monkeypatch.setattr("comfy.model_management.get_free_memory", free)
     with pytest.raises(ValueError, match="StoryweftStoryGenStory: passes over references in a step: 2, keeping .* give fewer"):
         story(model, clip, vae, "a fox\nan owl")
+
+
+def test_demo_weights_keep_a_character_that_the_prompt_does_not_describe():
+    """Four demo subjects as references, one for each row, another place in the prompt; docs/story_gen.md has the numbers."""
+    model, clip, vae, _ = load_demo()
+    grown = story_gen.StoryGenWeightsNode.execute(model, story_gen.DEMO).args[0]
+    own, names = weights.weights_of(grown, "test"), ("blue fox", "green owl with a crown", "yellow robot with a top hat", "white elephant")
+
+    def encoded(texts):
+        return [torch.cat([pictures.encode_caption(clip, text, "test")[0] for text in texts]), {}]
+
+    kinds = [name.replace(" with", "").split()[1] for name in names]
+    pixels = torch.cat([demo_subject(name)[0] for name in names])
+    shown = Reference(vae.encode(pixels), encoded([f"a {kind}" for kind in kinds]))
+    negative, positive = [encoded([""])], [encoded([f"a {kind} in the snow by day" for kind in kinds])]
+    grey = Reference(vae.encode(torch.full_like(pixels[:1], 0.5)), negative[0])
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 8)
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    reader, kept = load_reader(*read_weights("facts")), []
+    for rule in (None, story_gen.ReferenceRule(own.sites, (shown,), grey, AUTO, story_gen.Noise(0))):
+        carried = grown if rule is None else story_gen.override.register(grown, rule)
+        made = story_gen.make_guider(carried, rule, positive, negative, 4.0, 2.0)
+        with torch.inference_mode():
+            out = made.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("dpmpp_2m"), sigmas, disable_pbar=True, seed=0)
+            found = [reading.labels for reading in read(reader, vae.decode(out).float().clone())]
+        kept.append(sum(label["colour"] == name.split()[0] for label, name in zip(found, names, strict=True)))
+        assert [label["place"] for label in found] == ["snow"] * 4
+    assert kept[0] <= 2 and kept[1] == 4
