@@ -147,9 +147,9 @@ class AudioCaption(io.ComfyNode):
                 raise ValueError(f"{node_id}: the captioner has no words for sound {number} of audio.")
             report += [f"Sound {number}, {len(parts)} windows:", *(one.describe() for one in heard)]
             found += heard if keep == ALL else [max(heard, key=surely)]
-        text = "\n".join(report)
+        text = "\n".join(one.text for one in found)
         tell(cls, text)
-        return io.NodeOutput(found, "\n".join(one.text for one in found), text, len(found))
+        return io.NodeOutput(found, text, "\n".join(report), len(found))
 
 
 def surely(caption: Caption) -> float:
@@ -231,7 +231,6 @@ class SentenceAttention(io.ComfyNode):
                 CaptionType.Output("caption", tooltip="The caption with noun probabilities."),
                 io.String.Output("report", tooltip="Every word with both attentions."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -240,9 +239,7 @@ class SentenceAttention(io.ComfyNode):
         found = [
             one.with_nouns(taggers.noun_probabilities(one, tagger, node_id)) for one in captions_of(caption, node_id)
         ]
-        report = "\n".join(one.describe() for one in found)
-        tell(cls, report)
-        return io.NodeOutput(found, report)
+        return io.NodeOutput(found, "\n".join(one.describe() for one in found))
 
 
 class Spectrogram(io.ComfyNode):

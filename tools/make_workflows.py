@@ -35,7 +35,8 @@ BUILD = """async ([api, text, name, HEIGHT]) => {
                           Math.max(size[1], /Script|BoxPlanner/.test(node.type) ? 520 :
                                     /SaveImage|SaveAnimated|SaveVideo|Preview/.test(node.type) ? 320 : 0)]);
         }
-        const room = node.size[1] + (/Sampler/.test(node.type) ? 260 : /BoxTrack/.test(node.type) ? 120 : 0);  // both grow when run
+        // these grow when they run
+        const room = node.size[1] + (/Sampler|SoundOptimise/.test(node.type) ? 260 : /BoxTrack|AudioCaption$/.test(node.type) ? 120 : 0);
         if (y > 60 && y + room > HEIGHT) { x += wide + 70; y = 60; wide = 0; }
         node.pos = [x, y];
         y += room + 60; wide = Math.max(wide, node.size[0]);
