@@ -188,10 +188,9 @@ def board_boxes() -> tuple[dict, str]:
     masked = masked_attention(graph, block(), track(), 0.25, clip=loader(1), cross=True, board_conditioning=block(1))
     drawn = sampler(graph, masked(), masked(1), negative(), board(), 3, 24, 4.0)
     frames = graph.add("StoryweftBoardFrames", "Board Frames", samples=drawn(), board=board(2), vae=loader(2))
-    _captioned(graph, frames(), BOARD_CAPTIONS, "board_boxes")
+    _captioned(graph, frames(), BOARD_CAPTIONS, "board_boxes", 1)
     picture = graph.add("VAEDecode", "Whole Board", samples=drawn(), vae=loader(2))
-    larger = graph.add("ImageScaleBy", "Larger Board", image=picture(), upscale_method="lanczos", scale_by=2.0)
-    shown = box_track(graph, "Boxes on Board", track(1), 1, 512, 128, images=larger())
+    shown = box_track(graph, "Boxes on Board", track(1), 1, 512, 128, images=picture())
     graph.add("SaveImage", "Save Boxes", images=shown(2), filename_prefix="storyweft/board_boxes_drawn")
     return graph.nodes, (
         "## Boxes on a board\nOne box a frame, drawn on the whole board: **Masked Attention** takes the board's conditioning in place of "
