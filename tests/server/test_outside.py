@@ -25,6 +25,8 @@ ASKED_FOR = [
     ("CLIPLoader", "clip_name", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
     ("VAELoader", "vae_name", "wan_2.1_vae.safetensors"),
     ("ImageOnlyCheckpointLoader", "ckpt_name", "svd.safetensors"),
+    ("ImageOnlyCheckpointLoader", "ckpt_name", "svd_xt.safetensors"),
+    ("StoryweftLoadMotionPredictor", "file", "motion_predictor.safetensors"),
     ("unCLIPCheckpointLoader", "ckpt_name", "sd21-unclip-h.ckpt"),
     ("LoadAudio", "audio", "example.flac"),
     ("StoryweftLoadJointEncoder", "encoder", "imagebind_huge.pth"),
