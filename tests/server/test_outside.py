@@ -24,6 +24,8 @@ ASKED_FOR = [
     ("UNETLoader", "unet_name", "wan2.1_t2v_1.3B_fp16.safetensors"),
     ("CLIPLoader", "clip_name", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
     ("VAELoader", "vae_name", "wan_2.1_vae.safetensors"),
+    ("StoryweftStoryGenLoader", "unet_name", "storygen_storysalon_unet.bin"),
+    ("CheckpointLoaderSimple", "ckpt_name", "v1-5-pruned-emaonly-fp16.safetensors"),
     ("ImageOnlyCheckpointLoader", "ckpt_name", "svd.safetensors"),
     ("ImageOnlyCheckpointLoader", "ckpt_name", "svd_xt.safetensors"),
     ("StoryweftLoadMotionPredictor", "file", "motion_predictor.safetensors"),
