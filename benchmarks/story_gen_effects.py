@@ -29,7 +29,7 @@ from storyweft.metrics.facts import load_reader, read  # isort: skip
 from storyweft.sampling.story_gen import AUTO, MULTI  # isort: skip
 
 TEXT, IMAGE = 4.0, 2.0  # scales beside which the other is swept
-IMAGES, TEXTS, STRENGTHS = (1.0, 2.0, 3.5, 5.0), (2.0, 4.0, 7.0), (0.5, 1.5)
+IMAGES, TEXTS, STRENGTHS = (1.0, 2.0, 3.5), (2.0, 4.0, 7.0), (0.5,)
 SHOWN = 8
 FACTS = ("identity", "colour", "hat", "text", "kind", "place", "time")
 
@@ -106,7 +106,7 @@ def settings() -> list[tuple]:
     listed += [(AUTO, 1, TEXT, image, 1.0) for image in IMAGES]
     listed += [(AUTO, 1, text, IMAGE, 1.0) for text in TEXTS]
     listed += [(AUTO, 1, TEXT, IMAGE, strength) for strength in STRENGTHS]
-    listed += [("free", count, TEXT, 1.0, strength) for count, strength in ((1, 0.5), (1, 1.0), (3, 1.0))]
+    listed += [("free", 1, TEXT, 1.0, 1.0)]
     return list(dict.fromkeys(listed))
 
 
@@ -172,13 +172,24 @@ def report(args, found: dict) -> list[str]:
         ),
         (
             all(a <= b + 0.05 for a, b in zip(scales, scales[1:], strict=False)),
-            f"colour rises with image_scale: {', '.join(f'{x:.2f}' for x in scales)}",
+            f"colour does not fall with image_scale: {', '.join(f'{x:.2f}' for x in scales)}",
         ),
         (one["text"] >= base["text"] - 0.1, f"text kept within 0.1: {base['text']:.2f} -> {one['text']:.2f}"),
         (free["colour"] > base["colour"], f"reference attention: colour above none: {base['colour']:.2f} -> {free['colour']:.2f}"),
+        (
+            free["text"] >= base["text"] - 0.1,
+            f"reference attention: text kept within 0.1: {base['text']:.2f} -> {free['text']:.2f}",
+        ),
     ]
     lines += ["", *(f"- {'reached' if met else 'MISSED'}: {words}" for met, words in aims), ""]
     lines += [
+        "How to read it. Each character is drawn once a row of the table, all rows from one noise: the intervals tell the spread over "
+        "characters, not over noises, and where all 36 agree they have no width. Of the pages none was trained on, but of the 144 "
+        "combinations of kind, colour and hat all may have been. Colour is at its ceiling with every scale, so it cannot tell "
+        "scales or numbers of references apart; hats differ by less than the intervals. The sweep over scales therefore shows that the "
+        "demo weights do not depend on them, not which is best. image_scale 5, strength 1.5 and reference attention with other "
+        "strengths or more references were planned and not measured, for want of time.",
+        "",
         "Columns of the sheet are characters. Rows: the first reference; 0, 1, 2 and 3 references; reference attention with one.",
         "",
         "![characters with 0 to 3 references](story_gen_sheet.jpg)",
