@@ -31,6 +31,7 @@ from storyweft.training.joint_unet import strip  # isort: skip
 ALPHAS = torch.cumprod(1 - linear_betas(), 0)
 SEED = 9100  # of the held-out clips: training and the readers use others
 GIVEN = {"video": "video -> sound", "audio": "sound -> video", "none": "nothing (both drawn)"}
+PUBLISHED = {"video": 16.0, "audio": 123.0}  # strength of the published scripts, per clip and summed error
 TIMES = (200, 400, 600, 700, 800)
 
 
@@ -94,9 +95,10 @@ def draw(model, clips: Clips, rows: torch.Tensor, given: str, steps: int, streng
 def cells(args) -> list[tuple[str, int, float]]:
     """(given half, steps, strength) of every row of the tables."""
     plain = [(given, steps, 0.0) for given in ("audio", "video") for steps in args.steps]
-    guided = [("audio", args.guided_steps, g) for g in args.strengths]
-    guided += [("video", args.guided_steps, g) for g in args.strengths]
-    return [*plain, *guided, ("none", args.guided_steps, 0.0)]
+    published = [("audio", steps, PUBLISHED["audio"]) for steps in args.steps]
+    published.append(("video", args.guided_steps, PUBLISHED["video"]))
+    curve = [("audio", args.guided_steps, g) for g in args.strengths]
+    return [*plain, ("none", args.guided_steps, 0.0), *published, *curve]
 
 
 def made_clips(model, clips: Clips, args, stamp: str) -> dict[tuple, torch.Tensor]:
@@ -203,11 +205,13 @@ def ablation_lines(folder: Path, clips: Clips, count: int) -> list[str]:
 
 
 def sheet(clips: Clips, made: dict[tuple, torch.Tensor], args) -> Image.Image:
-    """Left the clips, beside them what was drawn to their sound and to their pictures."""
+    """Left the clips, beside them what was drawn to their sound, without and with guidance, and to their pictures."""
     rows = []
+    shown = [("audio", max(args.steps), strength) for strength in (0.0, PUBLISHED["audio"])]
+    shown.append(("video", max(args.steps), 0.0))
     for row in range(min(8, args.clips)):
         drawn = [packed(clips.video[row : row + 1], clips.audio[row : row + 1])]
-        drawn += [made[given, max(args.steps), 0.0][row : row + 1] for given in ("audio", "video")]
+        drawn += [made[cell][row : row + 1] for cell in shown]
         strips = []
         for x in drawn:
             video, audio = clips.halves(x)
@@ -221,11 +225,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=pack.ROOT / "weights" / "joint_av.safetensors")
     parser.add_argument("--reader", type=Path, default=pack.ROOT / "weights" / "joint_facts.safetensors")
     parser.add_argument("--ablation", type=Path, help="folder of the models of equal short training")
-    parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100])
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 4.0, 16.0])
-    parser.add_argument("--guided-steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, nargs="+", default=[25, 50])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[16.0, 500.0])
+    parser.add_argument("--guided-steps", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--parts", type=int, default=1, help="processes that share the clips; each writes no report")
     parser.add_argument("--part", type=int, default=0, help="number of this process; run without both afterwards")
@@ -263,7 +267,8 @@ def report(args, metadata: dict, reader_facts: dict, rows) -> list[str]:
         f"`python -m benchmarks.joint_av_effects`: {args.clips} held-out clips of the picture-book world with sound, the model of",
         f"`weights/joint_av.safetensors` ({metadata['examples_seen']} clips seen in {metadata['minutes']} minutes). Ancestral",
         "sampling with the paper's variance, steps spread evenly over the 1000; replacement puts the given half in at every step,",
-        "gradient guidance g also moves the drawn half by g times the gradient of the summed squared error of the given one.",
+        "gradient guidance g also moves the drawn half by g times the gradient of the summed squared error of the given one (the",
+        f"published scripts: {PUBLISHED['audio']:g} for a sound given, {PUBLISHED['video']:g} for pictures given).",
         "Kind (of 4) and place (of 3) of",
         f"each half are read by small classifiers (on held-out clips: {reader_facts['held_out']}). Alike: both halves",
         "are read as the same; chance: halves of different clips of the same row. Loudness with motion: correlation over the 16 frames of",
@@ -273,8 +278,8 @@ def report(args, metadata: dict, reader_facts: dict, rows) -> list[str]:
         "",
         "![clips, pictures drawn to their sound, sound drawn to their pictures](joint_av_effects.jpg)",
         "",
-        "Left the held-out clip, in the middle pictures drawn to its sound, right sound drawn to its pictures (replacement,",
-        f"{max(args.steps)} steps; every third frame and the spectrogram).",
+        "From left to right: the held-out clip; pictures drawn to its sound by replacement, and with gradient guidance of the published",
+        f"strength; sound drawn to its pictures by replacement ({max(args.steps)} steps; every third frame and the spectrogram).",
         "",
         "## What the other half is worth",
         "",
