@@ -98,7 +98,7 @@ class TrainedBoardRule(FrameStoryRule):
         super().begin(run)
 
     def expected(self, run) -> bool:
-        return True
+        return self.strength != 0 or super().expected(run)
 
     @contextlib.contextmanager
     def around(self, run, call):
@@ -123,13 +123,14 @@ class TrainedBoardRule(FrameStoryRule):
         return x + self.strength * prior, *rest
 
     def plan(self, run, call, layout: Layout, plan) -> bool:
+        if not self.strength:
+            return super().plan(run, call, layout, plan)
         texts = [entry.cond.get(MARK) for entry in layout.entries]
         if not any(texts):
             return False
         state, site = run.state[self], self.sites[layout.layer]
         state.acted = True
-        if self.strength:
-            call.after = torch.zeros_like(call.queries)
+        call.after = torch.zeros_like(call.queries)
         for chunk, text in enumerate(texts):
             if text is None:
                 continue
@@ -154,8 +155,6 @@ class TrainedBoardRule(FrameStoryRule):
         hooked = layout.entries[rows.start // layout.chunk_size].cond.get("hooks") is not None
         k, v = run.state[self].keys(self, run, layout.layer, text, told, lora, plan.q, hooked)
         items = [item % len(k) for item in layout.items]
-        if not self.strength:
-            return Branch(rows, k[items], v[items])
         q = plan.q[rows] + self.strength * split_heads(lora["to_q"](call.queries[rows]), heads)
         branch = Branch(rows, k[items], v[items], q=q)
         branch.told = functools.partial(self._output, call, branch, lora)
@@ -189,7 +188,7 @@ class TrainedState(State):
         if hooked or key not in self._keys:  # hooked weights may change from step to step
             rows = (text.captions if told == "frame" else self.context(rule.network, text).story).to(q)
             made = zip(run.family.project(layer, rows), ("to_k", "to_v"), strict=True)
-            pair = [x + rule.strength * lora[name](rows) for x, name in made] if rule.strength else [x for x, _ in made]
+            pair = [x + rule.strength * lora[name](rows) for x, name in made]
             self._keys[key] = tuple(split_heads(x, q.shape[1]) for x in pair)
         return self._keys[key]
 

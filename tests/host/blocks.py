@@ -10,13 +10,21 @@ from storyweft.host import families, override
 from storyweft.host.apa import AdaptivePromptRule, layer_alphas
 from storyweft.host.board import MARK, Board, BoardText
 from storyweft.host.consistent import ConsistentRule
+from storyweft.host.frame_rows import AdapterRows
 from storyweft.host.frame_story import FrameStoryRule, prepare
 from storyweft.host.image_adapter import LoadedAdapter, channels
+from storyweft.host.magdiff import HighFidelityRule, LoadedAlignment
 from storyweft.host.masked import MaskedOptions, MaskedRule
 from storyweft.host.style import StyleRule
+from storyweft.host.trained_board import LoadedBoard, TrainedBoardRule
 from storyweft.host.words import KEY, Words
 from storyweft.models.ip_adapter import ImageAdapter, Standard
+from storyweft.models.magdiff import Alignment
+from storyweft.models.story_board import ContextExtractor
+from storyweft.models.trained_board import BoardModule
 from storyweft.story.board import BoardShape
+
+SCALES = (1.5, 1.25, 1.0)  # of a subject's pyramid
 
 
 def boxes(frames):
@@ -44,19 +52,65 @@ def board(patcher, neutral=False, blend=None):
     return FrameStoryRule(family, (0.25 if "cross" in family.kinds else 0.0) if blend is None else blend)
 
 
-def subject(patcher, neutral=False, **more):
+def trained_module(patcher, seed=3, frames=6):
+    """A board module of the model's layers with open gates."""
+    family = families.find(patcher, "test")
+    layers = [family.modules[layer].to_k for layer in family.cross_layers]
+    ctx = ContextExtractor(layers[0].in_features, 2, 1, 1, 3, 5, frames, 12, (4, 4))
+    made = BoardModule(ctx, [layer.out_features for layer in layers], layers[0].in_features, 2, 2.0)
+    tiny.fill(made, seed)
+    for site in made.sites:
+        site.gate.data.fill_(0.7)
+    return LoadedBoard("tiny", made.requires_grad_(False))
+
+
+def trained_board(patcher, neutral=False):
+    """Neutral on a board of one frame: without its strength it is the frame branch alone."""
+    return TrainedBoardRule(families.find(patcher, "test"), trained_module(patcher), 0.0 if neutral else 1.0)
+
+
+def alignment(seed=4, layers=6, trained=True):
+    """A pyramid alignment for a first convolution of 4 to 32 channels."""
+    made = Alignment(layers, 32)
+    if trained:
+        tiny.fill(made, seed)
+    return LoadedAlignment("tiny", made.requires_grad_(False))
+
+
+def pyramid(seed, rows=1, size=tiny.SIZE):
+    """Latents of a subject at every scale of the alignment."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, 4, *(round(side * scale) for side in size), generator=generator) for scale in SCALES]
+
+
+def fidelity(patcher, neutral=False):
+    return HighFidelityRule(alignment(), pyramid(1), pyramid(2), 0.0 if neutral else 1.0)
+
+
+def _adapted(rule, patcher, rows, text, image, **more):
+    """An image adapter's branch: `rows` tokens' rows, alphas of text and image."""
     sizes, width = channels(families.find(patcher, "test"))
     network = ImageAdapter(Standard(24, width, 4), sizes)
     tiny.fill(network, 0)
     adapter, paths = LoadedAdapter("tiny", network.requires_grad_(False)), ("input", "middle", "output")
-    alphas = layer_alphas(
-        patcher, adapter, dict.fromkeys(paths, 1.0 if neutral else 0.8), dict.fromkeys(paths, 0.0 if neutral else 0.7)
-    )
-    tokens, blank = torch.randn(2, 1, 4, width, generator=torch.Generator().manual_seed(1))
-    return AdaptivePromptRule(adapter, tokens, blank, alphas, **more)
+    alphas = layer_alphas(patcher, adapter, dict.fromkeys(paths, text), dict.fromkeys(paths, image))
+    *tokens, blank = torch.randn(rows + 1, 1, 4, width, generator=torch.Generator().manual_seed(rows))
+    return rule(adapter, torch.cat(tokens), blank, alphas, **more)
 
 
-MAKE = {"style": style, "consistent": consistent, "board": board, "masked": masked, "subject": subject}
+def subject(patcher, neutral=False, **more):
+    return _adapted(AdaptivePromptRule, patcher, 1, *((1.0, 0.0) if neutral else (0.8, 0.7)), **more)
+
+
+def motion(patcher, neutral=False, frames=2):
+    """Other tokens for each of the frames."""
+    return _adapted(AdapterRows, patcher, frames, 1.0, 0.0 if neutral else 0.6)
+
+
+MAKE = {
+    "style": style, "consistent": consistent, "board": board, "trained_board": trained_board, "masked": masked,
+    "motion": motion, "subject": subject, "fidelity": fidelity,
+}  # fmt: skip
 
 
 def words(length, captions=1):

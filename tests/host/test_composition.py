@@ -21,15 +21,18 @@ from storyweft.sampling.inversion import replay_index
 
 ROWS, STEPS = 2, 2
 BLOCKS = {
-    "sd15": ("style", "consistent", "board", "masked", "subject"),
-    "sdxl": ("style", "consistent", "board", "masked", "subject"),
+    "sd15": ("style", "consistent", "board", "masked", "motion", "subject", "fidelity"),
+    "sdxl": ("style", "consistent", "board", "masked", "motion", "subject", "fidelity"),
     "svd": ("style", "consistent", "masked", "subject"),
     "flux": ("style", "consistent", "board", "masked"),
     "qwen_image": ("style", "consistent", "board", "masked"),
     "sd3": ("consistent", "board", "masked"),
     "wan": ("consistent", "board", "masked"),
 }
+BOARDS = ("board", "trained_board")
+APART = {"board", "masked"}  # what a trained board refuses
 PAIRS = [(name, pair) for name, blocks in BLOCKS.items() for pair in itertools.combinations(blocks, 2)]
+PAIRS += [("sd15", (block, "trained_board")) for block in BLOCKS["sd15"] if block not in APART]
 IDS = [f"{name}-{'+'.join(pair)}" for name, pair in PAIRS]
 
 
@@ -80,7 +83,7 @@ def stopped(step, x0, x, total):
 
 
 def check_laws(patcher, name, names, split):
-    given = inputs(patcher, name, ROWS, 2 * ("board" in names))
+    given = inputs(patcher, name, ROWS, 2 * any(block in BOARDS for block in names))
     made = {name: MAKE[name](patcher) for name in names}
     model = with_rules(patcher, *made.values())
     both = draw(model, given)
@@ -88,7 +91,7 @@ def check_laws(patcher, name, names, split):
     assert torch.equal(drawn(patcher, given, *reversed(made.values())), both)
     for block in names:
         others = [made[other] for other in names if other != block]
-        rest = without_board(given, name) if block == "board" else given
+        rest = without_board(given, name) if block in BOARDS else given
         assert apart(drawn(patcher, rest, *others), both) > 1e-5, block
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         draw(model, given, callback=stopped)
@@ -112,10 +115,17 @@ def test_all_blocks_of_a_family_together_keep_the_same_laws(models, name, split)
 def test_a_neutral_block_beside_an_acting_one_changes_nothing(models, name, pair):
     patcher = models(name)
     for acting, idle in (pair, pair[::-1]):
-        frames = 1 if idle == "board" else 2 * (acting == "board")  # a board of one frame is an ordinary prompt
+        frames = 1 if idle in BOARDS else 2 * (acting in BOARDS)  # a board of one frame is an ordinary prompt
         given, rule = inputs(patcher, name, ROWS, frames), MAKE[acting](patcher)
         alone = drawn(patcher, given, rule)
         assert torch.equal(drawn(patcher, given, rule, MAKE[idle](patcher, neutral=True)), alone), idle
+
+
+@pytest.mark.parametrize("block", sorted(APART))
+def test_a_trained_board_refuses_what_changes_the_same_branches_by_name(sd15, block):
+    model = with_rules(sd15, MAKE["trained_board"](sd15), MAKE[block](sd15))
+    with pytest.raises(ValueError, match="^StoryweftTrainedBoard: it cannot act beside Storyweft"):
+        draw(model, inputs(sd15, "sd15", ROWS, 2))
 
 
 def dense(q, k, v, seen):

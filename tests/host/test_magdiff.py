@@ -7,7 +7,7 @@ import comfy.model_patcher
 import pytest
 import tiny
 import torch
-from blocks import apart
+from blocks import alignment, apart, pyramid
 from safetensors.torch import save_file
 from storyweft.host import magdiff as rules
 from storyweft.host import override
@@ -18,7 +18,7 @@ from storyweft.nodes.magdiff import HighFidelityAlignment, LoadMagDiff
 from test_motion_host import unet_adapter
 
 ID = "StoryweftHighFidelityAlignment"
-FRAMES, SCALES = 3, (1.5, 1.25, 1.0)
+FRAMES = 3
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -36,25 +36,12 @@ def sd15():
     return tiny.build("sd15")
 
 
-def alignment(seed=4, layers=6, trained=True):
-    made = Alignment(layers, 32)
-    if trained:
-        tiny.fill(made, seed)
-    return LoadedAlignment("tiny", made.requires_grad_(False))
-
-
-def subject(seed, rows=1):
-    """Latents of every scale."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(rows, 4, *(round(side * scale) for side in tiny.SIZE), generator=generator) for scale in SCALES]
-
-
 def inputs(name, rows=FRAMES):
     return tiny.conditioning(name, 1, 1), tiny.conditioning(name, 1, 2), tiny.latent(name, rows)
 
 
 def drawn(patcher, name, *args, rows=FRAMES, loaded=None, **more):
-    rule = HighFidelityRule(loaded or alignment(), subject(1), subject(2), *args, **more)
+    rule = HighFidelityRule(loaded or alignment(), pyramid(1), pyramid(2), *args, **more)
     return tiny.sample(override.register(patcher, rule), *inputs(name, rows))
 
 
@@ -98,13 +85,13 @@ def by_hand(patcher, name, loaded, latents, blank, roles=("shown", "shown"), eve
 def test_it_is_a_wider_first_convolution(name, patcher, every_frame):
     """MagDiff's guidance: both rows see the subject; of a clip the first frame, or every one."""
     loaded = alignment()
-    reference = by_hand(patcher, name, loaded, subject(1), subject(2), every_frame=every_frame)
+    reference = by_hand(patcher, name, loaded, pyramid(1), pyramid(2), every_frame=every_frame)
     assert apart(drawn(patcher, name, every_frame=every_frame), reference) < 2e-5
     assert apart(reference, tiny.sample(patcher, *inputs(name))) > 1e-3
 
 
 def test_amplified_guidance_hides_the_subject_from_the_negative(sd15):
-    reference = by_hand(sd15, "sd15", alignment(), subject(1), subject(2), ("shown", "blank"))
+    reference = by_hand(sd15, "sd15", alignment(), pyramid(1), pyramid(2), ("shown", "blank"))
     found = drawn(sd15, "sd15", guidance="amplified")
     assert apart(found, reference) < 2e-5 and apart(found, drawn(sd15, "sd15")) > 1e-4
 
@@ -115,7 +102,7 @@ def test_it_starts_at_the_base_model(name, patcher):
     assert torch.equal(drawn(patcher, name, 0.0), plain)
     assert torch.equal(drawn(patcher, name, loaded=alignment(trained=False)), plain)
     fresh = alignment(trained=False).network
-    assert torch.equal(fresh.pyramid(subject(1)), subject(1)[-1])
+    assert torch.equal(fresh.pyramid(pyramid(1)), pyramid(1)[-1])
     assert fresh.alpha_text.tolist() == [1.0] * 6 and fresh.alpha_image.tolist() == [1.5] * 6
 
 
@@ -146,7 +133,7 @@ def test_files_are_read_back_and_named_when_wrong(tmp_path, sd15):
     state, told = loaded.network.state_dict(), loaded.network.metadata()
     save_file(state, tmp_path / "alone.safetensors", told)
     again = load(str(tmp_path / "alone.safetensors"), "Test")
-    assert again.adapter is None and torch.equal(again.network(subject(1)), loaded.network(subject(1)))
+    assert again.adapter is None and torch.equal(again.network(pyramid(1)), loaded.network(pyramid(1)))
     save_file(state | adapter.network.state_dict(), tmp_path / "both.safetensors", told)
     both = load(str(tmp_path / "both.safetensors"), "Test")
     assert torch.equal(
@@ -174,14 +161,14 @@ def test_what_does_not_fit_is_refused(sd15):
         ValueError, match="other was trained for a first convolution of 4 to 40 channels and the model's has 4 to 32"
     ):
         check_family(other, sd15)
-    small = [z[..., :4] for z in subject(1)]
+    small = [z[..., :4] for z in pyramid(1)]
     with pytest.raises(ValueError, match=f"{ID}: image is 32 x 64 and the latent 96 x 64 pixels"):
         tiny.sample(override.register(sd15, HighFidelityRule(alignment(), small, small)), *inputs("sd15"))
-    two = subject(1, 2)
+    two = pyramid(1, 2)
     with pytest.raises(ValueError, match=f"{ID}: image holds 2 pictures and the latent 3 rows"):
-        tiny.sample(override.register(sd15, HighFidelityRule(alignment(), two, subject(2))), *inputs("sd15"))
+        tiny.sample(override.register(sd15, HighFidelityRule(alignment(), two, pyramid(2))), *inputs("sd15"))
     area = tiny.conditioning("sd15", 1, 1, marks={"area": (4, 4, 0, 0), "strength": 1.0})
-    rule = HighFidelityRule(alignment(), subject(1), subject(2))
+    rule = HighFidelityRule(alignment(), pyramid(1), pyramid(2))
     with pytest.raises(ValueError, match=f"{ID}: a conditioning has an area"):
         tiny.sample(override.register(sd15, rule), area, *inputs("sd15")[1:])
 

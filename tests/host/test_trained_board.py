@@ -4,6 +4,7 @@ import comfy.model_patcher
 import pytest
 import tiny
 import torch
+from blocks import trained_module
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from safetensors.torch import save_file
 from storyweft.host import families, override
@@ -16,17 +17,6 @@ from test_board_host import apart, block, board, captioned, known_start, prepare
 
 NAMES = ("sd15", "sd2", "sdxl")
 ID = "StoryweftTrainedBoard"
-
-
-def module(patcher, seed=3, frames=6):
-    family = families.find(patcher, "test")
-    layers = [family.modules[layer].to_k for layer in family.cross_layers]
-    ctx = ContextExtractor(layers[0].in_features, 2, 1, 1, 3, 5, frames, 12, (4, 4))
-    made = BoardModule(ctx, [layer.out_features for layer in layers], layers[0].in_features, 2, 2.0)
-    tiny.fill(made, seed)
-    for site in made.sites:
-        site.gate.data.fill_(0.7)
-    return LoadedBoard("tiny", made.requires_grad_(False))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -90,7 +80,7 @@ def by_hand(patcher, loaded, positive, negative):
 
 def test_it_is_what_the_trainer_trains(name, patcher):
     """Frame and story branch with LoRA, gates and prior, of conditional and unconditional rows."""
-    loaded = module(patcher)
+    loaded = trained_module(patcher)
     found = drawn(patcher, name, loaded)
     positive, negative = inputs(patcher, name)
     with torch.inference_mode():
@@ -111,7 +101,7 @@ def test_it_is_what_the_trainer_trains(name, patcher):
 
 def test_strength_zero_is_the_frame_branch_alone(name, patcher):
     free = tiny.sample(block(patcher, clean=True), *inputs(patcher, name), tiny.latent(name, 1))
-    assert torch.equal(drawn(patcher, name, module(patcher), strength=0.0), free)
+    assert torch.equal(drawn(patcher, name, trained_module(patcher), strength=0.0), free)
 
 
 def test_a_module_that_was_not_trained_starts_at_the_frame_branch(sd15):
@@ -126,9 +116,9 @@ def test_a_module_that_was_not_trained_starts_at_the_frame_branch(sd15):
 
 def test_each_trained_part_matters(sd15):
     """Without the prior, the gates, or the LoRA of either branch the result is another."""
-    whole = drawn(sd15, "sd15", module(sd15))
+    whole = drawn(sd15, "sd15", trained_module(sd15))
     for part in ("ctx.prior_mlp.2", "gate", "lora_frame", "lora_story", "to_out.up", "to_q.up"):
-        less = module(sd15)
+        less = trained_module(sd15)
         for key, value in less.network.named_parameters():
             if part in key:
                 value.zero_()
@@ -137,7 +127,7 @@ def test_each_trained_part_matters(sd15):
 
 def test_known_frames_stay_and_are_seen(sd15):
     of, start = board(targets=(False, True, True, False)), known_start("sd15")
-    loaded, known = module(sd15), of.mask() == 0
+    loaded, known = trained_module(sd15), of.mask() == 0
     found = drawn(sd15, "sd15", loaded, start, of, noise_mask=of.mask()[None])
     assert torch.equal(found[..., known], start[..., known]) and not torch.equal(found[..., ~known], start[..., ~known])
     all_targets = drawn(sd15, "sd15", loaded, start, noise_mask=of.mask()[None])
@@ -145,14 +135,14 @@ def test_known_frames_stay_and_are_seen(sd15):
 
 
 def test_calls_of_their_own_change_nothing(sd15, monkeypatch):
-    loaded = module(sd15)
+    loaded = trained_module(sd15)
     together = drawn(sd15, "sd15", loaded)
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: 1)
     assert apart(drawn(sd15, "sd15", loaded), together) < 2e-5
 
 
 def test_extractor_and_keys_are_computed_once_a_run(sd15, monkeypatch):
-    loaded, calls = module(sd15), []
+    loaded, calls = trained_module(sd15), []
     family = families.find(sd15, "test")
     project = type(family).project
     monkeypatch.setattr(
@@ -166,7 +156,7 @@ def test_extractor_and_keys_are_computed_once_a_run(sd15, monkeypatch):
 
 
 def test_files_are_read_back_and_named_when_wrong(tmp_path, sd15):
-    loaded = module(sd15)
+    loaded = trained_module(sd15)
     state, told = loaded.network.state_dict(), loaded.network.metadata()
     save_file(state, tmp_path / "board.safetensors", told)
     again = load(str(tmp_path / "board.safetensors"), "Test")
@@ -184,19 +174,19 @@ def test_files_are_read_back_and_named_when_wrong(tmp_path, sd15):
 
 
 def test_what_does_not_fit_is_refused(sd15):
-    loaded = module(sd15)
+    loaded = trained_module(sd15)
     sdxl, wan = tiny.build("sdxl"), tiny.build("wan")
     positive = prepared(sd15, captioned("sd15"))
     with pytest.raises(ValueError, match=f"{ID}: WanModel is no U-Net"):
         check(loaded, families.find(wan, "test"), positive)
-    other = module(sd15)
+    other = trained_module(sd15)
     other.network.channels = other.network.channels[:-1]
     with pytest.raises(
         ValueError, match="tiny was trained for 6 cross-attention layers over text 16 wide and the model has 7"
     ):
         check(other, families.find(sdxl, "test"), positive)
     with pytest.raises(ValueError, match="the board has 4 frames and tiny knows 3 at most"):
-        check(module(sd15, frames=3), families.find(sd15, "test"), positive)
+        check(trained_module(sd15, frames=3), families.find(sd15, "test"), positive)
     with pytest.raises(ValueError, match="strength is 2"):
         TrainedBoardBlock.execute(sd15, loaded, captioned("sd15"), tiny.conditioning("sd15", 1, 2), 2.0, "clean")
     with pytest.raises(ValueError, match="negative is empty"):
@@ -208,7 +198,7 @@ def test_what_does_not_fit_is_refused(sd15):
 
 
 def test_the_node_makes_what_the_sampler_needs(sd15):
-    loaded = module(sd15)
+    loaded = trained_module(sd15)
     model, positive, negative = TrainedBoardBlock.execute(
         sd15, loaded, captioned("sd15"), tiny.conditioning("sd15", 1, 2), 1.0, "clean"
     ).args
