@@ -105,6 +105,7 @@ def runs(tmp_path_factory):
         "again": [*base, "--count", "6", "--start", str(folder / "board.safetensors"), "--name", "second"],
         "stories": [*base, "--stories", str(folder / "stories"), "--frames", "3", "--dry-run"],
         "side": [*base, "--side", "50"],
+        "missing": [*base, "--checkpoint", str(folder / "no.safetensors")],
     }
     return dict(zip(options, outputs("training.story_board", list(options.values())), strict=True)), folder
 
@@ -128,4 +129,5 @@ def test_a_trained_module_is_what_the_node_loads(runs):
 def test_a_folder_of_stories_is_checked_without_training(runs):
     told, folder = runs
     assert "2 stories of 3 pictures, 2 more for samples" in told["stories"]
+    assert "no.safetensors and there is no such file" in told["missing"]
     assert "--side is 50" in told["side"] or told["side"] == "2"

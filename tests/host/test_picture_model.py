@@ -1,0 +1,76 @@
+"""What trainers take from a checkpoint is what ComfyUI samples with: text, latents, schedule, prediction, SDXL's vector."""
+
+import pytest
+import tiny
+import torch
+from storyweft.host.demo import WEIGHTS, load_demo
+from storyweft.training.picture_model import PictureModel
+
+import nodes
+
+
+def of(name):
+    return PictureModel(name, WEIGHTS / "unet.safetensors", tiny.build(name), None, None)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return PictureModel("demo", WEIGHTS / "unet.safetensors", *load_demo()[:3])
+
+
+@pytest.mark.parametrize(("name", "v"), [("sd15", False), ("sd2", False), ("sdxl", False), ("demo", True)])
+def test_what_is_predicted_gives_back_picture_and_noise(name, v, demo):
+    base = demo if name == "demo" else of(name)
+    assert base.v is v and base.alphas.shape == (1000,) and (base.alphas.diff() < 0).all()
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    a = base.alphas[[10, 500, 990]].view(-1, 1, 1, 1)
+    x = a.sqrt() * clean + (1 - a).sqrt() * noise
+    guess, rest = base.parts(x, base.wanted(clean, noise, a), a)
+    assert torch.allclose(guess, clean, atol=2e-4) and torch.allclose(rest, noise, atol=2e-4)
+    # an error of the clean picture counts the same, whatever is predicted: min(SNR, 5)
+    made = base.wanted(clean, noise, a) + 0.01
+    off = (base.parts(x, made, a)[0] - clean).square().mean((1, 2, 3))
+    error = (made - base.wanted(clean, noise, a)).square().mean((1, 2, 3))
+    snr = (a / (1 - a)).flatten()
+    assert torch.allclose(base.weight(a).flatten() * error, snr.clamp(max=5) * off, rtol=2e-2)
+
+
+def test_the_unet_is_called_as_the_host_calls_it(demo):
+    """One evaluation of core's model, which scales by sigma and turns the prediction into a clean picture."""
+    clean, noise = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([400])
+    a = demo.alphas[t].view(-1, 1, 1, 1)
+    sigma = ((1 - a) / a).sqrt()
+    (context,) = demo.text(["a red fox in the forest"])[0].split(1)
+    with torch.no_grad():
+        made = demo.unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, context)
+        core = demo.model.model.apply_model(clean + sigma * noise, sigma.flatten(), c_crossattn=context)
+    x = a.sqrt() * clean + (1 - a).sqrt() * noise
+    assert torch.allclose(demo.parts(x, made, a)[0], core, atol=1e-3)
+
+
+def test_text_and_latents_are_those_of_cores_nodes(demo):
+    text = "a blue owl on the beach at night"
+    ((context, extras),) = nodes.CLIPTextEncode().encode(demo.clip, text)[0]
+    found, pooled = demo.text([text, ""])
+    assert torch.equal(found[:1], context) and torch.equal(pooled[:1], extras["pooled_output"])
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    latents = nodes.VAEEncode().encode(demo.vae, pixels.movedim(1, -1))[0]["samples"]
+    assert torch.allclose(demo.encode(pixels), demo.model.model.process_latent_in(latents))
+    shown = demo.decode(demo.encode(pixels))
+    assert shown.shape == (2, 64, 64, 3) and shown.dtype == torch.uint8
+
+
+def test_sdxl_gets_pooled_text_and_size_as_in_core():
+    base, pooled = of("sdxl"), torch.randn(2, 1280, generator=torch.Generator().manual_seed(3))
+    core = base.model.model.extra_conds(
+        noise=torch.zeros(2, 4, 8, 16), device="cpu", pooled_output=pooled, width=128, height=64
+    )
+    assert torch.equal(base.vector(pooled, (8, 16)), core["y"].cond)
+    assert of("sd15").vector(pooled, (8, 16)) is None
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "svd"])
+def test_other_families_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"^{name} is a .*; give an SD1.5, SD2 or SDXL checkpoint$"):
+        of(name)
