@@ -280,11 +280,12 @@ class ReferenceAttention(io.ComfyNode):
                 stage_input(STAGE_TIP),
                 io.Float.Input(
                     "strength",
-                    default=1.0,
+                    default=0.5,
                     min=0.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="Weight of the reference branch beside the text's. 0 is exactly the model without references.",
+                    tooltip="Weight of the reference branch beside the text's. 0 is exactly the model without references; 1 is more like "
+                    "them and obeys the prompt less.",
                 ),
                 NOISE,
             ],

@@ -66,7 +66,7 @@ def video_to_sound() -> tuple[dict, str]:
     loader, first = first_clip(graph, 4)
     latent = encoded(graph, loader(), "video", "Keep the Pictures", images=first(0))
     drawn = sampled(
-        graph, loader(), latent(), "video to sound", 9, "Draw the Sound", guidance="gradient", strength=16.0
+        graph, loader(), latent(), "video to sound", 9, "Draw the Sound", steps=25, guidance="gradient", strength=16.0
     )
     saved(graph, decoded(graph, drawn()), "video_to_sound")
     return graph.nodes, (
@@ -83,7 +83,15 @@ def sound_to_video() -> tuple[dict, str]:
     loader, first = first_clip(graph, 4)
     latent = encoded(graph, loader(), "sound", "Keep the Sound", audio=first(1))
     drawn = sampled(
-        graph, loader(), latent(), "sound to video", 9, "Draw the Pictures", guidance="gradient", strength=123.0
+        graph,
+        loader(),
+        latent(),
+        "sound to video",
+        9,
+        "Draw the Pictures",
+        steps=25,
+        guidance="gradient",
+        strength=123.0,
     )
     saved(graph, decoded(graph, drawn()), "sound_to_video")
     return graph.nodes, (

@@ -175,7 +175,7 @@ def reference_attention() -> tuple[dict, str]:
         model=loader(),
         references=references(),
         stage="multi-image-condition",
-        strength=1.0,
+        strength=0.5,
         reference_seed=0,
     )
     graph.add("PreviewAny", "What it takes", source=model(1))
