@@ -89,7 +89,6 @@ def sound_to_video() -> tuple[dict, str]:
         "sound to video",
         9,
         "Draw the Pictures",
-        steps=25,
         guidance="gradient",
         strength=123.0,
     )
