@@ -196,8 +196,8 @@ def report(args, found: dict) -> list[str]:
     lines += [
         "How to read it. Of the pages none was trained on, but of the 144 combinations of kind, colour and hat all may have been. "
         "Colour is at its ceiling with every scale (the miss above is one picture of 72), so identity, which adds the hat, has to tell "
-        "settings apart: it rises with image_scale and with strength, falls a little at the highest text_scale, and more references "
-        "than one add less than what one noise differs from another. Reference Attention trades the prompt for the reference: at 0.5, "
+        "settings apart: it rises with strength up to 1 and from image_scale 1 to 2; beyond, and between numbers of references and "
+        "text_scales, settings differ by no more than noises do. Reference Attention trades the prompt for the reference: at 0.5, "
         "its default, it costs no text and brings little; at 1 twice as much of the look and a third of the prompts are missed.",
         "",
         "Columns of the sheet are characters. Rows: the first reference; 0, 1, 2 and 3 references; reference attention with one.",

@@ -3,6 +3,8 @@
 Everything is read by ComfyUI's own loader, so SD1.5, SD2 and SDXL checkpoints are trained on as they are sampled with.
 """
 
+import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +39,15 @@ class PictureModel:
             raise ValueError(
                 f"{self.name} is a {type(base).__name__} ({kind.name}); give an SD1.5, SD2 or SDXL checkpoint"
             )
+        if network.in_channels != base.latent_format.latent_channels:
+            raise ValueError(
+                f"{self.name} takes {network.in_channels} channels, pictures beside the noise; give a checkpoint for text alone"
+            )
         self.unet = network.float().requires_grad_(False)
         self.v = kind == comfy.model_base.ModelType.V_PREDICTION
         self.alphas = (1 / (1 + base.model_sampling.sigmas.double() ** 2)).float()
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         return loop.file_hash(self.source)
 
@@ -50,6 +56,10 @@ class PictureModel:
         """Contexts [n, 77, width] and pooled embeddings [n, P] of captions."""
         found = [self.clip.encode_from_tokens(self.clip.tokenize(caption), return_pooled=True) for caption in captions]
         contexts, pooled = zip(*found, strict=True)
+        if long := sum(one.shape[1] > TOKENS for one in contexts):
+            logging.warning(
+                "%d captions are longer than a prompt of %d tokens; what is beyond is left out", long, TOKENS
+            )
         return torch.cat([one[:, :TOKENS].float() for one in contexts]), torch.cat([one.float() for one in pooled])
 
     @torch.no_grad()
@@ -88,7 +98,9 @@ class PictureModel:
 
 def add_arguments(parser) -> None:
     """The options that say which model is trained on."""
-    parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder of the demo models")
+    parser.add_argument(
+        "--weights", type=Path, default=Path("weights"), help="folder of the demo models and their SHA256SUMS"
+    )
     parser.add_argument(
         "--checkpoint", type=Path, help="SD1.5, SD2 or SDXL checkpoint to train on in the demo models' place"
     )

@@ -156,7 +156,7 @@ class Boards(loop.Task):
 def data(args, base: PictureModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents, texts, pooled texts and rows of all stories; kept in the folder."""
     source = Path(args.stories).name if args.stories else f"demo_{args.seed}_{args.count}"
-    path = Path(args.folder) / f"board_data_{base.name}_{source}_{args.frames}_{args.side}.pt"
+    path = Path(args.folder) / f"board_data_{base.hash[:12]}_{source}_{args.frames}_{args.side}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     if args.stories:

@@ -10,7 +10,7 @@ from storyweft.host import families, override
 from storyweft.host.apa import AdaptivePromptRule, layer_alphas
 from storyweft.host.board import MARK, Board, BoardText
 from storyweft.host.consistent import ConsistentRule
-from storyweft.host.frame_rows import AdapterRows
+from storyweft.host.frame_rows import AdapterRows, PromptRows
 from storyweft.host.frame_story import FrameStoryRule, prepare
 from storyweft.host.image_adapter import LoadedAdapter, channels
 from storyweft.host.magdiff import HighFidelityRule, LoadedAlignment
@@ -107,9 +107,16 @@ def motion(patcher, neutral=False, frames=2):
     return _adapted(AdapterRows, patcher, frames, 1.0, 0.0 if neutral else 0.6)
 
 
+def prompt_rows(patcher, frames=2):
+    """The same as further rows of each frame's prompt; without its rows it would be no block, so it has no neutral form."""
+    _, width = channels(families.find(patcher, "test"))
+    tokens = torch.randn(frames + 1, 3, width, generator=torch.Generator().manual_seed(5))
+    return PromptRows(tokens[:-1], tokens[-1:])
+
+
 MAKE = {
     "style": style, "consistent": consistent, "board": board, "trained_board": trained_board, "masked": masked,
-    "motion": motion, "subject": subject, "fidelity": fidelity,
+    "motion": motion, "prompt_rows": prompt_rows, "subject": subject, "fidelity": fidelity,
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ BOARDS = ("board", "trained_board")
 APART = {"board", "masked"}  # what a trained board refuses
 PAIRS = [(name, pair) for name, blocks in BLOCKS.items() for pair in itertools.combinations(blocks, 2)]
 PAIRS += [("sd15", (block, "trained_board")) for block in BLOCKS["sd15"] if block not in APART]
+ROWS_OF_PROMPT = [("prompt_rows", block) for block in (*BLOCKS["sd15"], "trained_board") if block != "motion"]
 IDS = [f"{name}-{'+'.join(pair)}" for name, pair in PAIRS]
 
 
@@ -104,6 +105,11 @@ def check_laws(patcher, name, names, split):
 @pytest.mark.parametrize(("name", "pair"), PAIRS, ids=IDS)
 def test_of_two_blocks_both_act_in_any_order_in_split_calls_and_after_an_interrupted_run(models, name, pair, split):
     check_laws(models(name), name, pair, split)
+
+
+@pytest.mark.parametrize("pair", ROWS_OF_PROMPT, ids="+".join)
+def test_predicted_rows_of_the_prompt_act_beside_every_other_block(sd15, pair, split):
+    check_laws(sd15, "sd15", pair, split)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -1,10 +1,13 @@
 """What trainers take from a checkpoint is what ComfyUI samples with: text, latents, schedule, prediction, SDXL's vector."""
 
+import types
+
+import comfy.sd
 import pytest
 import tiny
 import torch
 from storyweft.host.demo import WEIGHTS, load_demo
-from storyweft.training.picture_model import PictureModel
+from storyweft.training.picture_model import PictureModel, chosen
 
 import nodes
 
@@ -74,3 +77,29 @@ def test_sdxl_gets_pooled_text_and_size_as_in_core():
 def test_other_families_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"^{name} is a .*; give an SD1.5, SD2 or SDXL checkpoint$"):
         of(name)
+
+
+def test_a_model_that_takes_pictures_beside_the_noise_is_refused():
+    patcher = tiny.build("sd15")
+    patcher.model.diffusion_model.in_channels = 9
+    with pytest.raises(ValueError, match="^inpaint takes 9 channels, pictures beside the noise; give a checkpoint"):
+        PictureModel("inpaint", WEIGHTS / "unet.safetensors", patcher, None, None)
+
+
+def test_what_a_caption_has_beyond_a_prompt_is_said_to_be_left_out(demo, caplog):
+    contexts, _ = demo.text(["a red fox", "a red fox in the forest " * 30])
+    assert contexts.shape[1] == 77 and "1 captions are longer than a prompt of 77 tokens" in caplog.text
+
+
+def test_a_checkpoint_is_chosen_by_the_option_and_must_be_whole(tmp_path, monkeypatch):
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(b"weights")
+    trio = load_demo()[:3]
+    monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", lambda given: (*trio, None))
+    args = types.SimpleNamespace(checkpoint=path, weights=WEIGHTS)
+    base = chosen(args)
+    assert (base.name, base.model, base.source) == ("mine", trio[0], path)
+    assert base.hash != chosen(types.SimpleNamespace(checkpoint=None, weights=WEIGHTS)).hash
+    monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", lambda given: (trio[0], None, trio[2], None))
+    with pytest.raises(ValueError, match="mine.safetensors holds no text encoder or no VAE; give a whole checkpoint"):
+        chosen(args)

@@ -97,7 +97,7 @@ def sound_to_video() -> tuple[dict, str]:
         "## Pictures for a sound\nThe sound is given, the pictures are drawn. So that nothing has to be downloaded the sound comes "
         "from a clip that is drawn first; put **Load Audio** on *audio* of *Keep the Sound* for your own (its left channel is "
         "used, from *start* seconds on).\n\nPut in at every step alone (*replacement*) the sound says little to the demo model; "
-        "*gradient* guidance of the authors' strength, 123, moves the pictures until they fit it. Measured: "
+        "*gradient* guidance of the authors' strength, 123, moves the pictures towards what fits it. Measured: "
         f"`docs/joint_av_effects.md`.\n\nThe sound comes back bit for bit. {SWAP}"
     )
 
