@@ -151,7 +151,7 @@ def sheet(folder: Path, path: Path) -> None:
         strips = [np.asarray(Image.open(strip)) for strip in strips if strip.exists()]
         rows = [np.pad(one, ((0, 4), (0, 12), (0, 0)), constant_values=255) for one in strips]
         stories.append(np.concatenate(rows))
-    Image.fromarray(np.concatenate(stories[:2], 1)).save(path, quality=88)
+    Image.fromarray(np.concatenate(stories[:2], 1)).save(path, **pack.JPEG)
 
 
 def mean(results, name: str, key: str) -> float:

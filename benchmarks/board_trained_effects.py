@@ -142,7 +142,7 @@ def main() -> None:
         print(f"story {index + 1} of {args.boards}: {json.dumps(results[keys[-1]][-1])}", flush=True)
     lines = report(args, results, studio.trained.metadata)
     (pack.ROOT / "docs" / "board_trained.md").write_text("\n".join(lines) + "\n")
-    Image.fromarray(np.concatenate(shown, 1)).save(pack.ROOT / "docs" / "board_trained_sheet.jpg", quality=88)
+    Image.fromarray(np.concatenate(shown, 1)).save(pack.ROOT / "docs" / "board_trained_sheet.jpg", **pack.JPEG)
     print("\n".join(lines))
 
 

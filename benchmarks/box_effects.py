@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from . import pack  # noqa: F401
+from . import pack
 
 from storyweft.host.demo import load_demo, read_weights  # isort: skip
 from storyweft.metrics.facts import load_reader, read  # isort: skip
@@ -102,7 +102,7 @@ def sheet(rows: dict[str, torch.Tensor], number: int, path: Path) -> None:
             image = Image.fromarray((picture.clamp(0, 1) * 255).byte().numpy())
             ImageDraw.Draw(image).rectangle([side * size for side in box], outline="white")
             whole.paste(image, (column * size, line * size))
-    whole.save(path, quality=88)
+    whole.save(path, **pack.JPEG)
 
 
 def main() -> None:

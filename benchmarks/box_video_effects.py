@@ -154,7 +154,8 @@ def sheet(studio: Studio, sampler: str, names: list[str], numbers: list[int], pa
                 corners = [side * (size - 1) + (frame * size if at % 2 == 0 else 0) for at, side in enumerate(box)]
                 ImageDraw.Draw(image).rectangle(corners, outline="white")
             lines.append(np.asarray(image))
-    Image.fromarray(np.concatenate(lines)).save(path, quality=85)
+    whole = Image.fromarray(np.concatenate(lines))
+    whole.resize((whole.width * 3 // 4, whole.height * 3 // 4)).save(path, **pack.JPEG)
 
 
 def mean(results: dict[int, dict], key: str, even: bool | None = None) -> float:

@@ -216,7 +216,7 @@ def sheet(folder: Path, path: Path) -> None:
     for index in range(len(list(folder.glob(f"{EVERY_STEP}_*.png")))):
         strips = [np.asarray(Image.open(folder / f"{name}_{index}.png")) for name in MAIN[1:]]
         rows.append(np.concatenate([np.pad(one, ((0, 6), (0, 16), (0, 0)), constant_values=255) for one in strips], 1))
-    Image.fromarray(np.concatenate(rows)).save(path, quality=88)
+    Image.fromarray(np.concatenate(rows)).save(path, **pack.JPEG)
 
 
 def report(args, results: dict[str, list[dict[str, float]]], own: dict[str, float]) -> list[str]:

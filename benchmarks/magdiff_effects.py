@@ -148,7 +148,7 @@ def run(args) -> tuple[dict, dict, dict[str, str]]:
         strips.append(pictures[:SHOWN])
         print(name, {key: round(float(np.mean(value)), 2) for key, value in found.items()}, flush=True)
     rows = [np.concatenate(list(one.mul(255).round().clamp(0, 255).byte().numpy()), 1) for one in strips]
-    Image.fromarray(np.concatenate(rows)).save(pack.ROOT / "docs" / "magdiff_sheet.jpg", quality=88)
+    Image.fromarray(np.concatenate(rows)).save(pack.ROOT / "docs" / "magdiff_sheet.jpg", **pack.JPEG)
     return results, edited, studio.trained.metadata
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import pack  # noqa: F401
+from . import pack
 
 from storyweft.host import demo, motion  # isort: skip
 from storyweft.host.image_adapter import load_demo as demo_adapter  # isort: skip
@@ -191,7 +191,7 @@ def main() -> None:
                     shown.append(np.concatenate(list((frames * 255).byte().numpy()), 1))
         print(f"clip {index + 1} of {args.clips}", flush=True)
     args.out.joinpath("motion.md").write_text(report(scores, args, studio))
-    Image.fromarray(np.concatenate(shown)).save(args.out / "motion_sheet.jpg", quality=85)
+    Image.fromarray(np.concatenate(shown)).save(args.out / "motion_sheet.jpg", **pack.JPEG)
     print(args.out.joinpath("motion.md").read_text())
 
 

@@ -165,7 +165,7 @@ def pictures_of_sounds(studio: Studio) -> list[str]:
         row = list(shown[: args.shown].mul(255).round().byte().numpy())
         row += [np.full((128, 128, 3), 255, np.uint8)] * (args.shown - len(row))
         strips.append(np.concatenate(row, 1))
-    Image.fromarray(np.concatenate(strips)).save(pack.ROOT / "docs" / "sound_sheet.jpg", quality=88)
+    Image.fromarray(np.concatenate(strips)).save(pack.ROOT / "docs" / "sound_sheet.jpg", **pack.JPEG)
     return lines
 
 

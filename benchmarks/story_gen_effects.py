@@ -131,7 +131,7 @@ def run(args) -> dict[tuple, dict[str, list[list[bool]]]]:
     rows = [np.concatenate(list(studio.pixels[:SHOWN, 0].mul(255).round().byte().numpy()), 1)]
     for setting in (*settings()[:4], ("free", 1, TEXT, 1.0, DEFAULT)):
         rows.append(np.asarray(Image.open(folder / f"{' '.join(map(str, (args.seeds[0], *setting)))}.png")))
-    Image.fromarray(np.concatenate(rows)).save(pack.ROOT / "docs" / "story_gen_sheet.jpg", quality=80)
+    Image.fromarray(np.concatenate(rows)).save(pack.ROOT / "docs" / "story_gen_sheet.jpg", **pack.JPEG)
     return {
         setting: {fact: [found[" ".join(map(str, (seed, *setting)))][fact] for seed in args.seeds] for fact in FACTS}
         for setting in settings()

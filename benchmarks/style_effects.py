@@ -201,7 +201,7 @@ def sheet(folder: Path, path: Path) -> None:
     for index in range(SHOWN):
         strips = [np.asarray(Image.open(folder / f"{name}_{index}.png")) for name in (OFF, ON, GIVEN)]
         rows.append(np.concatenate([np.pad(one, ((0, 6), (0, 16), (0, 0)), constant_values=255) for one in strips], 1))
-    Image.fromarray(np.concatenate(rows)).save(path, quality=88)
+    Image.fromarray(np.concatenate(rows)).save(path, **pack.JPEG)
 
 
 def report(args, results: dict[str, list[dict[str, float]]]) -> list[str]:

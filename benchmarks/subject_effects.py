@@ -114,7 +114,7 @@ def run(args) -> dict[str, dict[str, list[bool]]]:
         print(name, {key: round(float(np.mean(value)), 2) for key, value in found[name].items()}, flush=True)
     strips = [np.concatenate(list(studio.pictures[:SHOWN].mul(255).round().byte().numpy()), 1)]
     strips += [np.asarray(Image.open(folder / f"1.0 {image} IP-Adapter.png")) for image in IMAGE]
-    Image.fromarray(np.concatenate(strips)).save(pack.ROOT / "docs" / "subject_sheet.jpg", quality=88)
+    Image.fromarray(np.concatenate(strips)).save(pack.ROOT / "docs" / "subject_sheet.jpg", **pack.JPEG)
     return {name: found[name] for name in (" ".join(map(str, setting)) for setting in settings)}
 
 

@@ -155,7 +155,7 @@ def run(args) -> dict[str, list[dict[str, float]]]:
                 results[name].append(json.loads(kept.read_text()))
     if args.sheet:
         strips = [folder / f"{stamp(args, VIDEO)}_{VIDEO.split()[0]}{len(VIDEO)}_{index}.png" for index in range(SHOWN)]
-        Image.fromarray(np.concatenate([np.asarray(Image.open(path)) for path in strips])).save(args.sheet, quality=85)
+        Image.fromarray(np.concatenate([np.asarray(Image.open(path)) for path in strips])).save(args.sheet, **pack.JPEG)
     return results
 
 
