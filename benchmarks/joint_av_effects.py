@@ -52,16 +52,21 @@ def packed(video: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
 
 
 class Clips:
-    """The held-out clips, packed: [n, 3 * F * H * W + L]."""
+    """The held-out clips, packed: [n, 3 * F * H * W + L]; pictures are multiplied by the model's `scale`."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, scale: float):
         video, audio = demo_clips(SEED, count).batch(torch.arange(count))
-        self.video, self.audio = video.transpose(1, 2).contiguous(), audio
+        self.video, self.audio, self.scale = scale * video.transpose(1, 2).contiguous(), audio, scale
         self.sizes = self.video[0].numel(), self.audio[0].numel()
 
     def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         video, audio = x.split(self.sizes, 1)
         return video.view(-1, *self.video.shape[1:]), audio.view(-1, *self.audio.shape[1:])
+
+    def seen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures [n, F, 3, H, W] in -1..1 and sound [n, 1, L] of packed clips."""
+        video, audio = self.halves(x)
+        return video.transpose(1, 2) / self.scale, audio
 
 
 def draw(model, clips: Clips, rows: torch.Tensor, given: str, steps: int, strength: float) -> torch.Tensor:
@@ -130,8 +135,7 @@ def agreement(seen: list[dict], heard: list[dict]) -> dict[str, float]:
 
 
 def scored(reader, clips: Clips, x: torch.Tensor) -> dict[str, float]:
-    video, audio = clips.halves(x)
-    video = video.transpose(1, 2)
+    video, audio = clips.seen(x)
     report = agreement(facts.read_pictures(reader, video), facts.read_sounds(reader, audio))
     moving, loud = facts.motion(video), facts.loudness(audio, video.shape[1])
     report["correlation"] = float(facts.correlation(moving, loud).mean())
@@ -200,12 +204,13 @@ ABLATION = [
 ]
 
 
-def ablation_lines(folder: Path, clips: Clips, count: int) -> list[str]:
+def ablation_lines(folder: Path, count: int) -> list[str]:
     lines, recipes = [], []
     for name in ("random", "off", "full"):
         path = folder / f"ablation_{name}.safetensors"
         model, settings, metadata = loaded(path)
         words = {"random": "random shift", "off": "no shift", "full": "full attention"}[name]
+        clips = Clips(count, settings["video_scale"])
         lines += error_lines(words, noise_errors(model, clips, count, metadata["shift"] == "random"))
         recipes.append(
             f"{words}: {metadata['steps']} steps, {metadata['examples_seen']} clips, windows {settings['windows']}, "
@@ -224,8 +229,8 @@ def sheet(clips: Clips, made: dict[tuple, torch.Tensor], args) -> Image.Image:
         drawn += [made[cell][row : row + 1] for cell in shown]
         strips = []
         for x in drawn:
-            video, audio = clips.halves(x)
-            strips += [strip(video[0].transpose(0, 1), audio[0], every=3, scale=1), np.full((32, 6, 3), 255, np.uint8)]
+            video, audio = clips.seen(x)
+            strips += [strip(video[0], audio[0], every=3, scale=1), np.full((32, 6, 3), 255, np.uint8)]
         rows.append(np.concatenate(strips[:-1], 1))
     return Image.fromarray(np.concatenate(rows).repeat(2, 0).repeat(2, 1))
 
@@ -248,7 +253,7 @@ def main() -> None:
     with safe_open(args.reader, "pt") as file:
         reader_facts = file.metadata()
         reader = facts.load_joint_reader({name: file.get_tensor(name) for name in file.keys()}, reader_facts)
-    clips = Clips(max(args.clips, 64))
+    clips = Clips(max(args.clips, 64), settings.get("video_scale", 1.0))
     made = made_clips(model, clips, args, hashlib.sha256(args.model.read_bytes()).hexdigest()[:10])
     if args.parts > 1:
         return
@@ -263,7 +268,7 @@ def main() -> None:
     lines = report(args, metadata, reader_facts, rows)
     lines += [*ERROR_HEAD, *error_lines("released model", noise_errors(model, clips, 64, True)), ""]
     if args.ablation:
-        lines += ["## Random shift, no shift, full attention", "", *ablation_lines(args.ablation, clips, 64), ""]
+        lines += ["## Random shift, no shift, full attention", "", *ablation_lines(args.ablation, 64), ""]
     path = pack.ROOT / "docs" / "joint_av_effects.md"
     path.write_text("\n".join(lines).rstrip() + "\n")
     print(path.read_text())

@@ -36,7 +36,7 @@ FEATURES = 8  # tensors of the widest features that are alive at once (6.4 count
 
 
 class Media(NamedTuple):
-    """What a model was trained on: one clip of `frames` pictures and `samples` samples."""
+    """What a model was trained on: one clip of `frames` pictures, in its latents times `video_scale`, and `samples` samples."""
 
     frames: int = 16
     height: int = 64
@@ -44,17 +44,18 @@ class Media(NamedTuple):
     samples: int = 25600
     sample_rate: int = 16000
     fps: float = 10.0
+    video_scale: float = 1.0
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):
-    """Pixels in [-1, 1] as latents, shown as they are."""
+    """Pixels in [-1, 1] times `scale` as latents; previews show them as pixels."""
 
     latent_channels = 3
     latent_dimensions = 3
     spacial_downscale_ratio = 1
 
-    def __init__(self):
-        self.latent_rgb_factors = torch.eye(3).tolist()
+    def __init__(self, scale: float = 1.0):
+        self.latent_rgb_factors = (torch.eye(3) / scale).tolist()
 
 
 class PixelConfig(comfy.supported_models_base.BASE):
@@ -96,6 +97,7 @@ class JointAVModel(comfy.model_base.BaseModel):
     def __init__(self, model_config, media: Media, device=None):
         super().__init__(model_config, comfy.model_base.ModelType.EPS, device, JointDenoiser)
         self.media = media
+        self.latent_format = PixelLatent(media.video_scale)
 
     def extra_conds(self, **kwargs):
         shapes = kwargs.get("latent_shapes") or [kwargs["noise"].shape]
@@ -244,6 +246,6 @@ def load_demo_joint_av(folder: str | Path = WEIGHTS, disable_dynamic: bool = Fal
 
 def from_config(weights: dict[str, torch.Tensor], config: dict, disable_dynamic: bool = False):
     """A model from weights and the settings that a trainer records beside them."""
-    media = Media(**{name: config[name] for name in Media._fields})
+    media = Media(**{name: config[name] for name in Media._fields if name in config})
     settings = {name: config[name] for name in ("windows", "head_channels", "heads", "groups") if name in config}
     return build(weights, "joint_av.safetensors", media, torch.float32, disable_dynamic, **settings)

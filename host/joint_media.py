@@ -14,7 +14,7 @@ ENCODE, DECODE, MASK, EMPTY = (
 )  # fmt: skip
 BOTH, VIDEO, SOUND = "both", "video", "sound"
 KEEP = (BOTH, VIDEO, SOUND)
-RATE, FPS = "sample_rate", "fps"  # entries of a joint latent that say what its halves are
+RATE, FPS, SCALE = "sample_rate", "fps", "video_scale"  # entries of a joint latent that say what its halves are
 QUIET = 1e-4
 PLAYED = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)  # rates that AAC knows
 
@@ -26,7 +26,7 @@ def media_of(model, node_id: str) -> Media:
 
 
 def rates(media: Media) -> dict:
-    return {FPS: media.fps, RATE: media.sample_rate}
+    return {FPS: media.fps, RATE: media.sample_rate, SCALE: media.video_scale}
 
 
 def empty(model, batch: int, frames: int, width: int, height: int) -> dict:
@@ -49,7 +49,7 @@ def encode_frames(images: torch.Tensor, fps: float, media: Media, start: float, 
         raise ValueError(f"{ENCODE}: images hold numbers that are not finite (NaN or infinity)")
     places = frame_places(len(images), fps, media.frames, media.fps, start)
     pixels = (images[places, ..., :3] * 255).round()
-    return letterbox(pixels, media.height, media.width, antialias).movedim(1, 0)[None]
+    return media.video_scale * letterbox(pixels, media.height, media.width, antialias).movedim(1, 0)[None]
 
 
 def encode_sound(audio: dict, media: Media, start: float) -> torch.Tensor:
@@ -111,7 +111,7 @@ def decode(latent: dict, fps: float, sample_rate: int) -> tuple[torch.Tensor, di
     fps, rate = fps or latent.get(FPS, 0), int(sample_rate or latent.get(RATE, 0))
     if not fps or not rate:
         raise ValueError(f"{DECODE}: latent does not say its rates: set fps and sample_rate")
-    images = ((video.movedim(1, -1).flatten(0, 1) + 1) / 2).clamp(0, 1)
+    images = ((video.movedim(1, -1).flatten(0, 1) / latent.get(SCALE, 1.0) + 1) / 2).clamp(0, 1)
     if not sample_rate and rate not in PLAYED:
         played = next((other for other in PLAYED if other > rate and other % rate == 0), PLAYED[-1])
         sound, rate = torchaudio.functional.resample(sound, rate, played), played

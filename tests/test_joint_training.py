@@ -133,6 +133,27 @@ def test_weight_spends_less_on_small_noise_and_none_is_the_papers_loss():
     assert (found[strong] == found[-1]).all() and found[-1] > 1
     torch.testing.assert_close(found[~strong] * snr[~strong], (found[-1] * 0.1).expand(int((~strong).sum())))
 
+    # what is a quarter as strong is a sixteenth of the SNR
+    torch.testing.assert_close(joint_unet.weight(t, 0.1, 0.25), joint_unet.weight(t, 1.6))
+
+
+def test_video_scale_makes_the_pictures_smaller_and_the_file_says_so(videos, tmp_path):
+    scaled = train(videos, tmp_path / "a", "--steps", "1", "--video-scale", "0.25")
+    whole = train(videos, tmp_path / "b", "--steps", "1", "--video-scale", "1")
+    index = torch.arange(2)
+    assert torch.equal(scaled.task.halves(index)[0] * 4, whole.task.halves(index)[0])
+    assert torch.equal(scaled.task.halves(index)[1], whole.task.halves(index)[1])
+    assert scaled.task.config["video_scale"] == 0.25
+
+
+def test_start_goes_on_from_the_weights_of_a_file(videos, tmp_path):
+    first = train(videos, tmp_path / "first", "--steps", "2")
+    file = tmp_path / "first" / "joint_av.safetensors"
+    begun = joint_unet.Task(joint_unet.parsed(["--data", str(videos), *SMALL, "--seed", "3", "--start", str(file)]))
+    for one, other in zip(begun.model.parameters(), first.average, strict=True):
+        torch.testing.assert_close(one.data, other.cpu(), atol=2e-3, rtol=1e-3)  # kept in half precision
+    assert begun.metadata["start"] == loop.file_hash(file)
+
 
 def test_group_norm_of_contiguous_copies_is_the_same():
     torch.manual_seed(1)

@@ -5,9 +5,10 @@ drawn. `accelerate launch` in place of `python` trains on several GPUs or machin
 both halves at one time, with a shift drawn for every cross-modal block at every step. `--weight-video C` and
 `--weight-audio C` (0: as the paper) multiply a half's loss by min(1, C / SNR), scaled to mean 1 over all times, which
 spends less on small noise (min-SNR, arXiv 2303.09556): a short training has to learn what is seen and heard first.
+`--video-scale` multiplies the pictures (arXiv 2301.10972), so that noise settles them no earlier than their sound.
 The published model: --frames 16 --size 64 --sound-rate 16000 --channels 128
 --mult 1 2 3 4 --blocks 2 --cross 2 4 8 --windows 1 4 8 --attention 2 4 8 --head-channels 64 --groups 32
---weight-video 0 --weight-audio 0 --rate 1e-4 --batch 128.
+--weight-video 0 --weight-audio 0 --video-scale 1 --rate 1e-4 --batch 128.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import (
@@ -50,11 +52,11 @@ def contiguous(x, groups, weight=None, bias=None, eps=1e-5):
     return Contiguous.apply(_group_norm(Contiguous.apply(x), groups, weight, bias, eps))
 
 
-def weight(t: Tensor, limit: float) -> Tensor:
-    """min(1, limit / SNR) of times [B], of mean 1 over all times; limit 0: 1."""
+def weight(t: Tensor, limit: float, scale: float = 1.0) -> Tensor:
+    """min(1, limit / SNR) of times [B] of what is multiplied by `scale`, of mean 1 over all times; limit 0: 1."""
     if not limit:
         return torch.ones(t.shape)
-    every = (limit * (1 - ALPHAS) / ALPHAS).clamp(max=1)
+    every = (limit * (1 - ALPHAS) / (scale**2 * ALPHAS)).clamp(max=1)
     return (every / every.mean())[t]
 
 
@@ -115,18 +117,21 @@ class Task(loop.Task):
         samples = self.clips.samples * self.clips.length
         self.config = {
             **built, "frames": self.clips.length, "height": args.size, "width": args.size, "samples": samples,
-            "sample_rate": args.sound_rate, "fps": args.fps,
+            "sample_rate": args.sound_rate, "fps": args.fps, "video_scale": args.video_scale,
         }  # fmt: skip
         self.metadata = {"world": str(args.data or "picture book"), "weight_video": str(args.weight_video),
                          "weight_audio": str(args.weight_audio), "shift": args.shift}  # fmt: skip
         torch.manual_seed(args.seed)
         self.model = JointUNet(**built, dropout=args.dropout)
         self.model.start_quiet()
+        if args.start:
+            self.model.load_state_dict({name: value.float() for name, value in load_file(args.start).items()})
+            self.metadata["start"] = loop.file_hash(args.start)
         self.model.check(*(torch.empty(1, *half.shape[1:]) for half in self.halves(torch.zeros(1, dtype=torch.long))))
 
     def halves(self, index: Tensor) -> tuple[Tensor, Tensor]:
         video, audio = self.clips.batch(index)
-        return video.transpose(1, 2).contiguous(), audio
+        return self.args.video_scale * video.transpose(1, 2).contiguous(), audio
 
     def check(self) -> list[str]:
         video, audio = self.halves(torch.arange(min(64, self.examples)))
@@ -155,10 +160,10 @@ class Task(loop.Task):
         device = next(network.parameters()).device
         noises, noisy = [[half.to(device) for half in halves] for halves in (noises, noisy)]
         made = network(*noisy, t.to(device), shifts=self.shifts(generator))
-        total, limits = 0.0, (self.args.weight_video, self.args.weight_audio)
+        total, limits = 0.0, ((self.args.weight_video, self.args.video_scale), (self.args.weight_audio, 1.0))
         for made_half, noise, limit in zip(made, noises, limits, strict=True):
             each = (made_half.float() - noise).square().flatten(1).mean(1)
-            total = total + (weight(t, limit).to(device) * each).mean()
+            total = total + (weight(t, *limit).to(device) * each).mean()
         return total
 
     def show(self, model) -> Image.Image:
@@ -167,6 +172,7 @@ class Task(loop.Task):
         noise = [torch.randn(half.shape, generator=generator).to(device) for half in (video, audio)]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             video, audio = ddim(model, *noise, self.args.shown_steps, self.shifts(generator))
+        video = video / self.args.video_scale
         rows = [strip(one.cpu().transpose(0, 1), heard.cpu()) for one, heard in zip(video, audio, strict=True)]
         return Image.fromarray(np.concatenate(rows))
 
@@ -177,6 +183,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", help="folder of videos with sound; without it the picture-book world is drawn")
     add("--name", default="joint_av", help="stem of the files written")
+    add("--start", type=Path, help="file of the same sizes whose weights are gone on from")
     add("--clips", type=int, default=4000, help="clips of the picture-book world")
     add("--frames", type=int, default=sounds.FRAMES, help="frames of an example (the picture-book world has 16)")
     add("--size", type=int, default=sounds.PIXELS, help="side of the square pictures")
@@ -193,6 +200,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--shift", default="random", choices=("random", "off"), help="shift of the cross-modal windows")
     add("--weight-video", type=float, default=0.005, help="C of the weight on the loss of pictures, 0: none")
     add("--weight-audio", type=float, default=0.03, help="C of the weight on the loss of sound, 0: none")
+    add("--video-scale", type=float, default=0.25, help="what pictures in -1..1 are multiplied by")
     add("--dropout", type=float, default=0.0)
     add("--shown", type=int, default=6, help="clips of the sample sheet")
     add("--shown-steps", type=int, default=25, help="DDIM steps of the sample sheet")

@@ -1,5 +1,6 @@
 """Nodes of joint audio-video models: pictures and sound in and out, masks over time, the frame upsampler, refusals."""
 
+import copy
 import logging
 from fractions import Fraction
 
@@ -56,6 +57,19 @@ def test_pictures_and_sound_come_back(model):
     assert torch.equal(sound["waveform"], audio["waveform"]) and sound["sample_rate"] == 200
     parts = videos[0].get_components()
     assert torch.equal(parts.images, images) and parts.frame_rate == 10 and parts.audio["waveform"].shape == (1, 1, 80)
+
+
+def test_pictures_of_a_scaled_model_are_small_in_its_latents_and_whole_again_afterwards(model):
+    scaled = model.clone()
+    scaled.model = copy.copy(model.model)
+    scaled.model.media = model.model.media._replace(video_scale=0.25)
+    frames, audio = picture(), tone()
+    (whole,) = call(media.EncodeJointLatent, model, "both", images=frames, audio=audio, fps=10.0)
+    (small,) = call(media.EncodeJointLatent, scaled, "both", images=frames, audio=audio, fps=10.0)
+    assert torch.equal(halves(small)[0] * 4, halves(whole)[0]) and torch.equal(halves(small)[1], halves(whole)[1])
+    (masked,) = call(media.JointTimeMask, small, "both", 0.2, 0.0)
+    assert torch.equal(call(media.DecodeJointLatent, masked)[0], call(media.DecodeJointLatent, whole)[0])
+    assert call(media.EmptyJointLatent, scaled, 1)[0]["video_scale"] == 0.25
 
 
 def test_a_video_is_cut_at_its_start_in_the_models_rates(model):
