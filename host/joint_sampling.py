@@ -5,6 +5,7 @@ States of core stand at x / sqrt(a) = x * sqrt(1 + sigma^2); the formulas of sam
 
 import logging
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -16,7 +17,7 @@ from comfy.nested_tensor import NestedTensor
 from ..sampling.cross_guidance import Known, guided_step
 from ..sampling.ddpm import levels
 from ..sampling.dpm_solver import dpm_solver_fast
-from ..sampling.schedule import dpm_grid, log_snr, solver_orders, solver_times, spaced_times
+from ..sampling.schedule import dpm_grid, log_snr, section_counts, solver_orders, solver_times, spaced_times
 from .joint_av import UNCONDITIONAL, JointAVModel, clip_clean
 
 SAMPLER = "StoryweftRandomShiftAVSampler"
@@ -28,6 +29,7 @@ DDPM, DDIM, DPM = "ddpm", "ddim", "dpm_solver"
 METHODS = (DPM, DDIM, DDPM)
 HALVES = ("video", "sound")
 TIMES = 1000
+KEPT = 11.2  # bytes that a gradient keeps, in those of a forward pass (counted on the published model: 10.2 GB)
 
 
 class FromNoise(comfy.samplers.KSAMPLER):
@@ -46,16 +48,24 @@ def no_prompt() -> list:
     return [[torch.zeros(1, 1, 1), {UNCONDITIONAL: True}]]
 
 
+def check_respacing(respacing: str) -> None:
+    """ValueError for a text that is no respacing of any model."""
+    text = respacing.strip()
+    if not text.startswith("dpm"):
+        section_counts(text)
+    elif not text[3:].isdecimal() or not int(text[3:]):
+        raise ValueError(f'respacing "{respacing}": after dpm must stand the number of evaluations')
+
+
 def respaced_sigmas(model, respacing: str) -> torch.Tensor:
     """Sigmas of the authors' respacings ("ddim25", "100", "10,15,20"), 0 at the end; "dpm20" the knots of DPM-Solver.
 
     The knots of DPM-Solver end at the cleanest level: the authors' solver does not take the last of the noise away.
     """
+    check_respacing(respacing)
     sampling = model.get_model_object("model_sampling")
     text = respacing.strip()
     if text.startswith("dpm"):
-        if not text[3:].isdecimal() or not int(text[3:]):
-            raise ValueError(f'respacing "{respacing}": after dpm must stand the number of evaluations')
         return torch.exp(-dpm_grid(int(text[3:]), model_levels(sampling)).lambdas).float()
     times = spaced_times(len(sampling.sigmas), text)[::-1]
     return torch.cat([sampling.sigmas.cpu()[times], torch.zeros(1)])
@@ -83,7 +93,7 @@ def sample_ddpm(model, x, sigmas, extra_args=None, callback=None, disable=None, 
     options = {"model_options": extra_args.get("model_options", {}), "seed": extra_args.get("seed")}
     state = x * alphas[0].sqrt().to(x)
     if strength:
-        trainable(model.inner_model.inner_model.diffusion_model)
+        ready_for_gradients(model.inner_model.inner_model, x)
     for step in trange(len(sigmas) - 1, disable=disable):
         clean = []
 
@@ -98,6 +108,15 @@ def sample_ddpm(model, x, sigmas, extra_args=None, callback=None, disable=None, 
             shown = torch.where(drawn == 0, known.clean, clean[0].detach())
             callback({"x": state, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": shown})
     return _masked_out(model, state / alphas[-1].sqrt().to(state), extra_args)
+
+
+def ready_for_gradients(base: JointAVModel, x: torch.Tensor) -> None:
+    """Lets gradients through the network; where they do not fit into free memory, stages are computed a second time."""
+    trainable(base.diffusion_model)
+    needed, free = KEPT * base.memory_required(x.shape), comfy.model_management.get_free_memory(x.device)
+    base.diffusion_model.lean = needed > free
+    if needed > free:
+        logging.info(f"{SAMPLER}: gradients need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: computed in parts, slower.")
 
 
 def trainable(network: torch.nn.Module) -> None:
@@ -179,6 +198,15 @@ def task_latent(latent: dict, task: str) -> tuple[NestedTensor, NestedTensor | N
     return samples, NestedTensor(masks)
 
 
+def check_guidance(task: str, method: str, guidance: str, given: bool = True) -> None:
+    """ValueError for gradient guidance with a method that has no noise, or with nothing given."""
+    if guidance == GRADIENT and (method != DDPM or not given):
+        raise ValueError(
+            f'{SAMPLER}: guidance "{GRADIENT}" needs a given half and method "{DDPM}", not method "{method}" '
+            f'with task "{task}"'
+        )
+
+
 def run_joint(model, latent: dict, seed: int, steps: int, method: str, task: str, guidance: str, strength: float) -> dict:
     """One run of a joint model: latent with the drawn halves; what was given comes back bit for bit.
 
@@ -187,11 +215,7 @@ def run_joint(model, latent: dict, seed: int, steps: int, method: str, task: str
     if not isinstance(model.model, JointAVModel):
         raise ValueError(f"{SAMPLER}: model is a {type(model.model).__name__}, not a joint audio-video model")
     samples, mask = task_latent(latent, task)
-    if guidance == GRADIENT and (method != DDPM or mask is None):
-        raise ValueError(
-            f'{SAMPLER}: guidance "{GRADIENT}" needs a given half and method "{DDPM}", not method "{method}" '
-            f'with task "{task}"'
-        )
+    check_guidance(task, method, guidance, mask is not None)
     if guidance == GRADIENT and not strength:
         logging.warning(f"{SAMPLER}: strength 0 is plain replacement.")
     if method == DPM:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate
+from torch.utils.checkpoint import checkpoint
 
 from ..attention.cross_modal import Shifts, cross_modal_attention, listed_shifts, no_shift
 from .joint_layers import GROUPS, AudioConv, Norm, Reshaped, SelfAttention, VideoConv, VideoPoint
@@ -167,7 +168,10 @@ class JointUNet(nn.Module):
     factor 1, 2, 4, 8). All sizes are free as long as H and W divide by 2 ** (levels - 1), L by 4 ** (levels - 1), and
     every level keeps a sample for each frame. Defaults are the published settings (133,675,524 parameters). `groups` of
     the norms: with as many as channels no layer knows the mean colour of a clip, and samples get a tint of chance.
+    `lean`: gradients compute every stage a second time and keep only what passes between stages.
     """
+
+    lean = False
 
     def __init__(
         self,
@@ -292,13 +296,21 @@ class JointUNet(nn.Module):
         h = entry.video_conv(video), entry.audio_conv(audio)
         kept = [h]
         for stage in self.input_blocks[1:]:
-            h = stage(*h, emb, shifts)
+            h = self._through(stage, h, emb, shifts)
             kept.append(h)
-        h = self.middle_blocks(*h, emb, shifts)
+        h = self._through(self.middle_blocks, h, emb, shifts)
         for stage in self.output_blocks:
-            joined = (torch.cat(pair, 1) for pair in zip(h, kept.pop(), strict=True))
-            h = stage(*joined, emb, shifts)
+            joined = [torch.cat(pair, 1) for pair in zip(h, kept.pop(), strict=True)]
+            h = self._through(stage, joined, emb, shifts)
         return self.video_out(h[0]), self.audio_out(h[1])
+
+    def _through(self, stage: JointStage, h, emb: Tensor, shifts: Shifts) -> tuple[Tensor, Tensor]:
+        if not (self.lean and torch.is_grad_enabled()):
+            return stage(*h, emb, shifts)
+        frames = h[0].shape[2]
+        # drawn before the stage, or its second computation would look elsewhere
+        drawn = [shifts(frames, block.window or frames) for block in stage if isinstance(block, CrossModalBlock)]
+        return checkpoint(lambda *halves: stage(*halves, emb, listed_shifts(drawn)), *h, use_reentrant=False)
 
 
 def configuration(weights: dict[str, Tensor]) -> dict:

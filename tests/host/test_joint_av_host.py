@@ -167,12 +167,35 @@ def test_guidance_also_serves_parts_of_a_half(model, empty):
     assert torch.equal(halves(out)[1][..., :40], halves(latent)[1][..., :40]) and halves(out)[1][..., 40:].any()
 
 
-def test_the_gradient_is_that_of_the_network_under_its_own_shifts(model, empty):
+def test_gradients_without_room_are_computed_in_parts_and_are_the_same(empty, monkeypatch):
+    model, latent = tiny_joint(), given(empty, 0)
+    whole = run(model, latent, sampling.TO_SOUND, guidance=sampling.GRADIENT, strength=1.0)
+    assert not model.model.diffusion_model.lean
+    kept = []
+    for free in (1e12, 0):
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, free=free: free)
+        sizes = {}
+
+        def keep(x, sizes=sizes):
+            sizes[x.data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            parts = run(model, latent, sampling.TO_SOUND, guidance=sampling.GRADIENT, strength=1.0, steps=2)
+        kept.append(sum(sizes.values()))
+    assert model.model.diffusion_model.lean and kept[1] < kept[0] / 2
+    monkeypatch.undo()
+    assert same(parts, run(model, latent, sampling.TO_SOUND, guidance=sampling.GRADIENT, strength=1.0, steps=2))
+    assert not same(parts, whole)
+
+
+@pytest.mark.parametrize("lean", (False, True))
+def test_the_gradient_is_that_of_the_network_under_its_own_shifts(empty, lean):
     """Finite differences through core's whole model call, in float64 weights: a shift drawn anew would show."""
     double = tiny_joint()
     double.model.manual_cast_dtype = torch.float64
     network = double.model.diffusion_model.double()
-    network.dtype = torch.float64
+    network.dtype, network.lean = torch.float64, lean
     sampling_settings = double.get_model_object("model_sampling")
     sampling_settings.double()
     shapes = [half[:1].shape for half in halves(empty)]
