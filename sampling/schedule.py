@@ -18,17 +18,21 @@ def previous(alphas: Tensor) -> Tensor:
     return torch.cat([alphas.new_ones(1), alphas[:-1]])
 
 
+def section_counts(respacing: str) -> list[int]:
+    """The numbers of "ddimN", "N" or "a,b,c"; ValueError when the text is none of these."""
+    counts = respacing.strip().removeprefix("ddim").split(",")
+    if not all(count.strip().isdecimal() and int(count) for count in counts):
+        raise ValueError(f'respacing "{respacing}" is neither "ddim25" nor a number of steps nor numbers with commas')
+    return [int(count) for count in counts]
+
+
 def spaced_times(total: int, respacing: str) -> list[int]:
     """Times kept out of 0 .. total - 1, rising: "ddimN" (every total // N-th), "N", or "a,b,c" counts of equal sections.
 
     ValueError when the text is none of these or asks for more steps than there are.
     """
-    text = respacing.strip()
-    counts = text.removeprefix("ddim").split(",")
-    if not all(count.strip().isdecimal() and int(count) for count in counts):
-        raise ValueError(f'respacing "{respacing}" is neither "ddim25" nor a number of steps nor numbers with commas')
-    counts = [int(count) for count in counts]
-    if text.startswith("ddim"):
+    counts = section_counts(respacing)
+    if respacing.strip().startswith("ddim"):
         for stride in range(1, total):
             if len(range(0, total, stride)) == counts[0]:
                 return list(range(0, total, stride))
