@@ -97,15 +97,17 @@ def fraction(node_id: str, name: str, value: float) -> float:
     return value
 
 
-def step_range(model, node_id: str, start_percent: float, end_percent: float) -> tuple[float, float]:
-    """(highest, lowest) sigma at which a block acts, from parts of the noise schedule (0 start, 1 end).
-
-    Raises ValueError naming the part that is no number from 0 to 1, or both when they are the wrong way round.
-    """
+def check_span(node_id: str, start_percent: float, end_percent: float) -> None:
+    """ValueError naming the part that is no number from 0 to 1, or both when they are the wrong way round."""
     fraction(node_id, "start_percent", start_percent)
     fraction(node_id, "end_percent", end_percent)
     if start_percent > end_percent:
         raise ValueError(f"{node_id}: start_percent {start_percent} lies after end_percent {end_percent}; swap them.")
+
+
+def step_range(model, node_id: str, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """(highest, lowest) sigma at which a block acts, from parts of the noise schedule (0 start, 1 end); see check_span."""
+    check_span(node_id, start_percent, end_percent)
     sampling = model.get_model_object("model_sampling")
     high = torch.inf if start_percent == 0 else float(sampling.percent_to_sigma(start_percent))
     return high, 0.0 if end_percent == 1 else float(sampling.percent_to_sigma(end_percent))

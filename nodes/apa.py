@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from ..host import image_adapter as adapters
 from ..host import override
 from ..host.apa import AdaptivePromptRule, layer_alphas
-from ..host.rule import step_range
+from ..host.queueing import refusal
+from ..host.rule import check_span, step_range
 from ..models import magdiff
 
 ImageAdapter = io.Custom("STORYWEFT_IMAGE_ADAPTER")
@@ -157,6 +158,10 @@ class AdaptivePromptAlignment(io.ComfyNode):
             ],
             outputs=[io.Model.Output("model", tooltip="The model with the subject; chain nodes for several subjects.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, start_percent=0.0, end_percent=1.0) -> bool | str:
+        return refusal(cls, (check_span,), start_percent=start_percent, end_percent=end_percent)
 
     @classmethod
     def execute(

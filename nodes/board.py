@@ -9,7 +9,8 @@ from ..host import families, override
 from ..host import frame_story as rules
 from ..host.board import Board, encode_board, encode_frames
 from ..host.frame_story import KNOWN, PATHS, FrameStoryRule
-from ..host.rule import fraction, step_range
+from ..host.queueing import ABSENT, refusal
+from ..host.rule import check_span, fraction, step_range
 from ..story.board import MAX_FRAMES, ORDERS, BoardShape, captions_of, frames_of, task_of
 from ..story.script import Story
 
@@ -100,6 +101,19 @@ class StoryBoard(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, captions=None, rows=None, columns=None, story=ABSENT, known_images=ABSENT, known_latents=ABSENT,
+        known_frames="", draw_frames="", boards=1, missing_captions=REFUSE,
+    ) -> bool | str:  # fmt: skip
+        if captions and captions.strip():
+            story = ABSENT  # typed captions go before it
+        return refusal(
+            cls, (_lines, _choices, _known), captions=captions, rows=rows, columns=columns, story=story,
+            known_images=known_images, known_latents=known_latents, known_frames=known_frames, draw_frames=draw_frames,
+            boards=boards, missing_captions=missing_captions,
+        )  # fmt: skip
+
+    @classmethod
     def execute(
         cls, clip, captions, rows, columns, frame_width, frame_height, order, story=None, vae=None, known_images=None,
         known_latents=None, known_frames="", draw_frames="", boards=1, missing_captions=REFUSE, other_sizes=REFUSE,
@@ -110,8 +124,8 @@ class StoryBoard(io.ComfyNode):
         shape = BoardShape(rows, columns, order)
         if not 1 <= shape.frames <= MAX_FRAMES:
             raise ValueError(f"{BOARD}: {rows} x {columns} is {shape.frames} frames; a board holds 1 to {MAX_FRAMES}.")
-        lines = _lines(captions, story, shape.frames, boards, missing_captions == LEAVE_EMPTY)
-        pictures, latents, targets = _known(shape, known_images, known_latents, known_frames, draw_frames)
+        lines = _lines(captions, story, rows, columns, boards, missing_captions)
+        pictures, latents, targets = _known(rows, columns, known_images, known_latents, known_frames, draw_frames)
         factor = _factor(vae, empty_frame)
         size = _pixels(frame_width, frame_height, factor, empty_frame)
         pictures = {frame: _fitted(frame, picture, size, other_sizes) for frame, picture in pictures.items()}
@@ -129,14 +143,19 @@ class StoryBoard(io.ComfyNode):
         return io.NodeOutput(latent, encode_board(clip, board, BOARD), board, _report(board))
 
 
-def _lines(captions: str, story, frames: int, boards: int, leave_empty: bool) -> tuple[str, ...]:
+def _choices(known_frames, draw_frames, rows, columns) -> None:
+    _numbers("known_frames", known_frames, rows * columns)
+    _numbers("draw_frames", draw_frames, rows * columns)
+
+
+def _lines(captions: str, story, rows: int, columns: int, boards: int, missing_captions: str) -> tuple[str, ...]:
     if story is not None and not isinstance(story, Story):
         raise ValueError(f"{BOARD}: story is {type(story).__name__}; connect the story output of Story Script.")
     source = "captions"
     if story is not None and not captions.strip():
         source, captions = "story", "\n".join(panel.prompt for panel in story.panels)
     try:
-        return captions_of(captions, frames, boards, leave_empty)
+        return captions_of(captions, rows * columns, boards, missing_captions == LEAVE_EMPTY)
     except ValueError as error:
         raise ValueError(f"{BOARD}: {source} {error}.") from error
 
@@ -148,24 +167,24 @@ def _numbers(name: str, text: str, frames: int) -> tuple[int, ...]:
         raise ValueError(f"{BOARD}: {name}: {error}.") from error
 
 
-def _known(shape: BoardShape, images, latents, known_frames: str, draw_frames: str):
+def _known(rows: int, columns: int, known_images, known_latents, known_frames: str, draw_frames: str):
     """Pictures and latents (None if not given) by frame, and which frames are targets."""
-    counts = {name: len(x) for name, x in (("known_images", images), ("known_latents", latents and latents["samples"]))
-              if x is not None}  # fmt: skip
+    frames, images, latents = rows * columns, known_images, known_latents and known_latents["samples"]
+    counts = {name: len(x) for name, x in (("known_images", images), ("known_latents", latents)) if x is not None}
     count = max(counts.values(), default=0)
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"{BOARD}: known_images holds {counts['known_images']} pictures and known_latents {counts['known_latents']}; "
             "give as many of both."
         )
-    chosen = _numbers("known_frames", known_frames, shape.frames) or tuple(range(count))
-    if len(chosen) != count or count > shape.frames:
+    chosen = _numbers("known_frames", known_frames, frames) or tuple(range(count))
+    if len(chosen) != count or count > frames:
         raise ValueError(
             f"{BOARD}: {' and '.join(counts) or 'known_images'} holds {count} pictures for {len(chosen)} known frames of a "
-            f"board of {shape.frames}; known_frames is '{known_frames[:40]}'."
+            f"board of {frames}; known_frames is '{known_frames[:40]}'."
         )
-    drawn = _numbers("draw_frames", draw_frames, shape.frames)
-    targets = tuple((frame in drawn) if drawn else frame not in chosen for frame in range(shape.frames))
+    drawn = _numbers("draw_frames", draw_frames, frames)
+    targets = tuple((frame in drawn) if drawn else frame not in chosen for frame in range(frames))
     bare = [str(frame + 1) for frame, target in enumerate(targets) if not target and frame not in chosen]
     if bare:
         raise ValueError(
@@ -173,7 +192,7 @@ def _known(shape: BoardShape, images, latents, known_frames: str, draw_frames: s
             "or draw it."
         )
     pictures = {} if images is None else {frame: images[i, ..., :3] for i, frame in enumerate(chosen)}
-    kept = None if latents is None else {frame: latents["samples"][i] for i, frame in enumerate(chosen)}
+    kept = None if latents is None else {frame: latents[i] for i, frame in enumerate(chosen)}
     return pictures, kept, targets
 
 
@@ -300,6 +319,10 @@ class FrameStoryCrossAttention(io.ComfyNode):
                 io.Conditioning.Output("conditioning", tooltip="The positive conditioning for the sampler."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, start_percent=0.0, end_percent=1.0) -> bool | str:
+        return refusal(cls, (check_span,), start_percent=start_percent, end_percent=end_percent)
 
     @classmethod
     def execute(

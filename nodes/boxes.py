@@ -9,6 +9,7 @@ from PIL import Image
 from server import PromptServer
 
 from ..host.boxes import draw_boxes, fill_boxes, ground
+from ..host.queueing import ABSENT, refusal
 from ..story import box_sources
 from ..story.box_plan import MAX_KEY_FRAMES, ask, complete_prompt, read_answer, read_boxes
 from ..story.box_text import write_boxes
@@ -121,6 +122,16 @@ class StoryweftBoxTrack(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, boxes=None, frames=None, width=None, height=None, interpolation=None, images=ABSENT, latent=ABSENT,
+        bounding_boxes=ABSENT, mask=ABSENT, tracks=ABSENT, paths=ABSENT,
+    ) -> bool | str:  # fmt: skip
+        return refusal(
+            cls, (_count, _read, _track), boxes=boxes, frames=frames, width=width, height=height, interpolation=interpolation,
+            images=images, latent=latent, bounding_boxes=bounding_boxes, mask=mask, tracks=tracks, paths=paths,
+        )  # fmt: skip
+
+    @classmethod
     def execute(
         cls, boxes, frames, width, height, interpolation, images=None, latent=None, bounding_boxes=None, mask=None,
         tracks=None, paths=None, source_words="", source_width=0.25, source_height=0.25,
@@ -128,9 +139,7 @@ class StoryweftBoxTrack(io.ComfyNode):
         width, height = _size(width, height, images, latent)
         frames = _count(frames, images, latent)
         canvas = (width, height)
-        plan, notes = BoxPlan(()), []
-        if boxes.strip():
-            plan, notes = _told("boxes", read_boxes, boxes, canvas)
+        plan, notes = _typed(boxes, canvas)
         taken = {item.id for item in plan.objects}
         words = [part.strip() for part in source_words.split(";")] if source_words.strip() else []
         given = list(plan.objects)
@@ -184,11 +193,12 @@ class StoryweftBoxPlanPrompt(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, scene=None, frames=None, width=None, height=None, key_frames=None) -> bool | str:
+        return refusal(cls, (_question,), scene=scene, frames=frames, width=width, height=height, key_frames=key_frames)
+
+    @classmethod
     def execute(cls, scene, frames, width, height, key_frames) -> io.NodeOutput:
-        try:
-            return io.NodeOutput(ask(scene, frames, (width, height), key_frames))
-        except BoxError as error:
-            raise ValueError(f"{ASK_ID}: {error}") from error
+        return io.NodeOutput(_question(scene, frames, width, height, key_frames))
 
 
 class StoryweftBoxPlanner(io.ComfyNode):
@@ -230,15 +240,46 @@ class StoryweftBoxPlanner(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, answer=None, frames=None, width=None, height=None, interpolation=None) -> bool | str:
+        return refusal(
+            cls, (_answered,), answer=answer, frames=frames, width=width, height=height, interpolation=interpolation
+        )
+
+    @classmethod
     def execute(cls, answer, scene, frames, width, height, interpolation) -> io.NodeOutput:
-        try:
-            plan, notes = read_answer(answer, (width, height))
-            track = make_track(plan, frames, interpolation)
-        except BoxError as error:
-            raise ValueError(f"{PLAN_ID}: answer: {error}") from error
+        plan, notes, track = _answered(answer, frames, width, height, interpolation)
         report = "\n".join([track.describe(), *(notes or ["Everything was read as it stands."])])
         _say(cls, report)
         return io.NodeOutput(track, write_boxes(plan), complete_prompt(scene, plan), report, ui=ui.PreviewText(report))
+
+
+def _question(scene: str, frames: int, width: int, height: int, key_frames: int) -> str:
+    try:
+        return ask(scene, frames, (width, height), key_frames)
+    except BoxError as error:
+        raise ValueError(f"{ASK_ID}: {error}") from error
+
+
+def _answered(answer: str, frames: int, width: int, height: int, interpolation: str) -> tuple[BoxPlan, list[str], BoxTrack]:
+    try:
+        plan, notes = read_answer(answer, (width, height))
+        return plan, notes, make_track(plan, frames, interpolation)
+    except BoxError as error:
+        raise ValueError(f"{PLAN_ID}: answer: {error}") from error
+
+
+def _typed(boxes: str, canvas: tuple[int, int]) -> tuple[BoxPlan, list[str]]:
+    return _told("boxes", read_boxes, boxes, canvas) if boxes.strip() else (BoxPlan(()), [])
+
+
+def _read(boxes, width, height, images, latent) -> None:
+    _typed(boxes, _size(width, height, images, latent))
+
+
+def _track(boxes, frames, width, height, interpolation, images, latent, bounding_boxes, mask, tracks, paths) -> None:
+    """Asked where the typed boxes are the only ones."""
+    plan, _ = _typed(boxes, _size(width, height, images, latent))
+    _told("boxes", make_track, plan, _count(frames, images, latent), interpolation)
 
 
 def _told(source: str, read, *values):

@@ -8,11 +8,17 @@ from comfy_api.latest import io
 from ..attention.consistent import ConsistentOptions
 from ..host import bank, families, override
 from ..host.consistent import PATHS, ConsistentRule
-from ..host.rule import fraction, step_range
+from ..host.queueing import refusal
+from ..host.rule import check_span, fraction, step_range
 
 Character = io.Custom("STORYWEFT_CHARACTER")
 CATEGORY = "Storyweft/Story"
 FOLDER = "storyweft_characters"
+
+
+def check_window(node_id: str, window: int) -> None:
+    if window == 1:
+        raise ValueError(f"{node_id}: window is 1, so no picture would see another; give 0 or at least 2.")
 
 
 class ConsistentSelfAttention(io.ComfyNode):
@@ -122,6 +128,11 @@ class ConsistentSelfAttention(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, window=0, start_percent=0.0, end_percent=1.0) -> bool | str:
+        rules = (check_window, check_span)
+        return refusal(cls, rules, window=window, start_percent=start_percent, end_percent=end_percent)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -143,9 +154,8 @@ class ConsistentSelfAttention(io.ComfyNode):
             ("share_late", share_late),
         ):
             fraction(node_id, name, value)
+        check_window(node_id, window)
         sigma_range = step_range(model, node_id, start_percent, end_percent)
-        if window == 1:
-            raise ValueError(f"{node_id}: window is 1, so no picture would see another; give 0 or at least 2.")
         options = ConsistentOptions(sampling_ratio, share_early, share_late, late_from, first_step, window, draw_seed)
         rule, family = ConsistentRule(options, layers, sigma_range), families.find(model, node_id)
         if not any(map(rule.covers, family.layers)):

@@ -5,16 +5,17 @@ from comfy_api.latest import io
 
 from ..host import joint_av as host
 from ..host.joint_av import DTYPES, SHIFTS, load_demo_joint_av, load_joint_av
-from ..host.joint_sampling import DDPM, DPM, GUIDANCE, METHODS, SAMPLER, TASKS, no_prompt, run_joint
+from ..host.joint_sampling import DDPM, DPM, GUIDANCE, METHODS, SAMPLER, TASKS, check_guidance, no_prompt, run_joint
+from ..host.queueing import refusal
 
 CATEGORY = "Storyweft/Audio-Video"
 WINDOWS = "1, 4, 8"
 
 
-def numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
+def numbers(windows: str) -> list[int]:
+    parts = [part.strip() for part in windows.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f'{host.LOADER}: windows "{text}" must be whole numbers with commas, such as "{WINDOWS}"')
+        raise ValueError(f'{host.LOADER}: windows "{windows}" must be whole numbers with commas, such as "{WINDOWS}"')
     return [int(part) for part in parts]
 
 
@@ -70,9 +71,13 @@ class JointAVLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, windows=WINDOWS) -> bool | str:
+        return refusal(cls, (numbers,), windows=windows)
+
+    @classmethod
     def execute(cls, model_name, windows=WINDOWS, head_channels=64, heads=4, weight_dtype="default") -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         settings = {"windows": numbers(windows), "head_channels": head_channels, "heads": heads}
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         return io.NodeOutput(load_joint_av(path, settings, weight_dtype))
 
 
@@ -214,6 +219,10 @@ class RandomShiftAVSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="Video and sound; Decode Joint Latent shows them.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, task=None, method=None, guidance=None) -> bool | str:
+        return refusal(cls, (check_guidance,), task=task, method=method, guidance=guidance)
 
     @classmethod
     def execute(cls, model, latent, task, seed, steps, method, guidance, strength) -> io.NodeOutput:

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..host import frame_upsampler
 from ..host.joint_av import DTYPES
-from ..host.joint_sampling import respaced_sigmas, sample_ddpm, sample_dpm_solver
+from ..host.joint_sampling import check_respacing, respaced_sigmas, sample_ddpm, sample_dpm_solver
+from ..host.queueing import refusal
 
 CATEGORY = "Storyweft/Audio-Video"
 
@@ -83,9 +84,21 @@ class RespacedSigmas(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, respacing=None) -> bool | str:
+        return refusal(cls, (cls._checked,), respacing=respacing)
+
+    @classmethod
     def execute(cls, model, respacing) -> io.NodeOutput:
+        return io.NodeOutput(cls._named(respaced_sigmas, model, respacing))
+
+    @classmethod
+    def _checked(cls, respacing) -> None:
+        cls._named(check_respacing, respacing)
+
+    @staticmethod
+    def _named(read, *values):
         try:
-            return io.NodeOutput(respaced_sigmas(model, respacing))
+            return read(*values)
         except ValueError as error:
             raise ValueError(f"StoryweftRespacedSigmas: {error}") from error
 

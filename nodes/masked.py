@@ -7,6 +7,7 @@ from ..attention.labels import BoxRegions
 from ..host import override
 from ..host.board import MARK
 from ..host.masked import LAYERS, MaskedOptions, MaskedRule
+from ..host.queueing import ABSENT, refusal
 from ..host.rule import fraction
 from ..host.words import KEY, find_board_words, find_words
 
@@ -117,6 +118,10 @@ class MaskedAttention(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompt="", clip=ABSENT, board_conditioning=ABSENT) -> bool | str:
+        return refusal(cls, (check_prompt,), prompt=prompt, clip=clip, board_conditioning=board_conditioning)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -137,12 +142,9 @@ class MaskedAttention(io.ComfyNode):
         fraction(node_id, "masked_part", masked_part)
         if masked_steps < 0:
             raise ValueError(f"{node_id}: masked_steps is {masked_steps}; give 0 or more.")
+        check_prompt(node_id, prompt, clip, board_conditioning)
         if board_conditioning is not None:
             _check_board(board_conditioning, clip, prompt, cross, node_id)
-        elif clip is not None and not prompt.strip():
-            raise ValueError(f"{node_id}: prompt is empty; write it, or disconnect clip for a model without text.")
-        elif clip is None and prompt.strip():
-            raise ValueError(f"{node_id}: prompt is '{prompt}' but no clip is connected to encode it.")
         corners = [
             [(box.x0, box.y0, box.x1, box.y1) if box else (float("nan"),) * 4 for box in thing.boxes]
             for thing in boxes.objects
@@ -172,6 +174,16 @@ class MaskedAttention(io.ComfyNode):
         ratio = model.model.latent_format.temporal_downscale_ratio
         rule = MaskedRule(BoxRegions(torch.tensor(corners, dtype=torch.float64)), options, ratio)
         return io.NodeOutput(override.register(model, rule), conditioning)
+
+
+def check_prompt(node_id: str, prompt: str, clip, board_conditioning) -> None:
+    """ValueError for a prompt without a text encoder or the other way round, where no board brings captions."""
+    if board_conditioning is not None:
+        return
+    if clip is not None and not prompt.strip():
+        raise ValueError(f"{node_id}: prompt is empty; write it, or disconnect clip for a model without text.")
+    if clip is None and prompt.strip():
+        raise ValueError(f"{node_id}: prompt is '{prompt}' but no clip is connected to encode it.")
 
 
 def _check_board(conditioning, clip, prompt: str, cross: bool, node_id: str) -> None:

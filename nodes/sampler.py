@@ -5,6 +5,7 @@ import torch
 from comfy_api.latest import io
 
 from ..host.panel_store import PanelStore
+from ..host.queueing import refusal
 from ..host.story_sampling import MODES, Settings, StorySampler
 
 Character = io.Custom("STORYWEFT_CHARACTER")
@@ -12,10 +13,10 @@ NODE_ID = "StoryweftStorySampler"
 CHARACTER = 1  # place of that output
 
 
-def seeds_of(text: str) -> tuple[tuple[int, int], ...]:
+def seeds_of(panel_seeds: str) -> tuple[tuple[int, int], ...]:
     """Lines "panel: seed" (panels count from 1) as (panel from 0, seed) pairs. Raises ValueError naming the line."""
     pairs = {}
-    for line in text.splitlines():
+    for line in panel_seeds.splitlines():
         if not line.strip():
             continue
         panel, _, seed = line.partition(":")
@@ -28,6 +29,11 @@ def seeds_of(text: str) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"{what}, and another line for panel {int(panel)}; keep one of them.")
         pairs[int(panel) - 1] = int(seed)
     return tuple(pairs.items())
+
+
+def check_denoise(denoise: float) -> None:
+    if not 0 < denoise <= 1:
+        raise ValueError(f"{NODE_ID}: denoise is {denoise}; give a number above 0 and at most 1.")
 
 
 def is_read(hidden, output: int) -> bool:
@@ -138,6 +144,10 @@ class StorySamplerNode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, denoise=None, panel_seeds="") -> bool | str:
+        return refusal(cls, (check_denoise, seeds_of), denoise=denoise, panel_seeds=panel_seeds)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -157,8 +167,7 @@ class StorySamplerNode(io.ComfyNode):
     ) -> io.NodeOutput:
         if not 0 <= cfg <= 100:
             raise ValueError(f"{NODE_ID}: cfg is {cfg}; give a number from 0 to 100.")
-        if not 0 < denoise <= 1:
-            raise ValueError(f"{NODE_ID}: denoise is {denoise}; give a number above 0 and at most 1.")
+        check_denoise(denoise)
         settings = Settings(
             seed, steps, cfg, sampler_name, scheduler, denoise, memory, panels_at_once, seeds_of(panel_seeds)
         )

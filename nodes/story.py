@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..host.prompts import encode_panels
+from ..host.queueing import refusal
 from ..story.script import MAX_PANELS, ScriptError, Story, parse_script
 from ..story.selection import SelectionError, select_panels
 
@@ -16,6 +17,13 @@ EXAMPLE_PANELS = """[Ana] reads a book under a tree # Ana finds an old map in he
 [Ana] walks through a foggy forest # She sets out at dawn.
 [Ana] rows a boat on a lake # The lake is wider than it looked.
 [Ana] opens a treasure chest # Home is where the treasure is."""
+
+
+def story_of(characters: str, panels: str, style: str, id_panels: int) -> Story:
+    try:
+        return parse_script(characters, panels, style, id_panels)
+    except ScriptError as error:
+        raise ValueError(str(error)) from error      # the page shows the class beside the sentence
 
 
 class StoryweftScript(io.ComfyNode):
@@ -61,11 +69,12 @@ class StoryweftScript(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, characters=None, panels=None, id_panels=None, style="") -> bool | str:
+        return refusal(cls, (story_of,), characters=characters, panels=panels, id_panels=id_panels, style=style)
+
+    @classmethod
     def execute(cls, characters, panels, id_panels, style="") -> io.NodeOutput:
-        try:
-            story = parse_script(characters, panels, style, id_panels)
-        except ScriptError as error:
-            raise ValueError(str(error)) from error      # the page shows the class beside the sentence
+        story = story_of(characters, panels, style, id_panels)
         preview = story.describe()
         server = getattr(PromptServer, "instance", None)     # absent where nodes run without a page
         if server is not None and cls.hidden is not None and cls.hidden.unique_id is not None:

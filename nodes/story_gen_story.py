@@ -10,6 +10,7 @@ from ..host import families
 from ..host import story_gen_references as pictures
 from ..host import story_gen_weights as weights
 from ..host.panel_store import PanelStore
+from ..host.queueing import ABSENT, refusal
 from ..host.story_gen import TRAINED, check_family
 from ..host.story_gen_story import Settings, StoryGenStory
 
@@ -123,6 +124,10 @@ class StoryGenStoryNode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompts=None, story=ABSENT) -> bool | str:
+        return refusal(cls, (texts_of,), prompts=prompts, story=story)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -147,6 +152,7 @@ class StoryGenStoryNode(io.ComfyNode):
         for name, value in (("text_scale", text_scale), ("image_scale", image_scale), ("strength", strength)):
             if not 0 <= value <= 100:
                 raise ValueError(f"{NODE_ID}: {name} is {value}; give a number from 0 to 100.")
+        texts = texts_of(prompts, story)
         own = weights.weights_of(model, NODE_ID)
         check_family(families.find(model, NODE_ID), NODE_ID)
         samples = comfy.sample.fix_empty_latent_channels(
@@ -157,7 +163,6 @@ class StoryGenStoryNode(io.ComfyNode):
         )
         if len(samples) != 1:
             raise ValueError(f"{NODE_ID}: latent_image holds {len(samples)} latents; give one, which gives the size of all panels.")
-        texts = texts_of(prompts, story)
         if window + len(portraits) > TRAINED:
             logging.warning(
                 "%s: panels read up to %d references; the weights were trained with up to %d.", NODE_ID, window + len(portraits), TRAINED

@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image, ImageColor
 
+from ..host.queueing import refusal
 from ..host.sheet import LAYOUTS, POSITIONS, Style, draw_sheet
 from ..story.script import Story
 
@@ -56,6 +57,10 @@ class StoryweftStoryboard(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, background=None) -> bool | str:
+        return refusal(cls, (colour_of,), background=background)
+
+    @classmethod
     def execute(
         cls, images, layout, columns, caption_position, font_size, gap, background, story=None, captions=""
     ) -> io.NodeOutput:
@@ -75,11 +80,11 @@ def picture_of(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((torch.nan_to_num(rgb.float().cpu()).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
-def colour_of(text: str) -> tuple[int, int, int]:
+def colour_of(background: str) -> tuple[int, int, int]:
     try:
-        return ImageColor.getrgb(text.strip())[:3]
+        return ImageColor.getrgb(background.strip())[:3]
     except ValueError as error:
-        raise ValueError(f"{NODE_ID}: background {text[:40]!r} is no colour; write white, black or #rrggbb.") from error
+        raise ValueError(f"{NODE_ID}: background {background[:40]!r} is no colour; write white, black or #rrggbb.") from error
 
 
 def captions_of(count: int, story: Story | None, typed: str) -> list[str]:

@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from ..attention.style import StyleOptions
 from ..host import override
 from ..host.inversion import invert_picture
-from ..host.rule import fraction, step_range
+from ..host.queueing import refusal
+from ..host.rule import check_span, fraction, step_range
 from ..host.story_sampling import rows_of
 from ..host.style import ReferenceRule, StyleRule, check_family
 
@@ -123,6 +124,10 @@ class StyleAligned(io.ComfyNode):
                 io.Model.Output("model", tooltip="The model that aligns the pictures of a batch with its first one.")
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, start_percent=0.0, end_percent=1.0) -> bool | str:
+        return refusal(cls, (check_span,), start_percent=start_percent, end_percent=end_percent)
 
     @classmethod
     def execute(

@@ -230,15 +230,16 @@ def test_the_script_node_runs_in_the_executor_and_shows_its_parse(monkeypatch):
     assert page.shown == [("1", kept["preview"].replace("<b>", "&lt;b&gt;"))] and "[하나] 소녀" in kept["preview"]
 
 
-def test_a_refusal_reaches_the_page_as_one_sentence(monkeypatch):
-    executor, _ = execute(monkeypatch, script_graph(characters="[Ana] a girl", panels="[Zed] runs", id_panels=1))
-    assert not executor.success
-    message = executor.status_messages[-1][1]["exception_message"]
-    assert executor.status_messages[-1][1]["exception_type"] == "ValueError"
-    assert message.strip() == (
+def test_a_refusal_is_the_same_sentence_in_the_queue_and_in_the_run():
+    given = {"characters": "[Ana] a girl", "panels": "[Zed] runs", "id_panels": 1}
+    sentence = (
         "StoryweftScript: panels, line 1, '[Zed] runs': the tag [Zed] is unknown; known are [Ana], [NC]; define it in "
         "characters or correct it"
     )
+    assert StoryweftScript.validate_inputs(**given) == sentence
+    with pytest.raises(ValueError) as refused:
+        StoryweftScript.execute(**given)
+    assert str(refused.value) == sentence
 
 
 def test_all_three_nodes_run_in_one_graph(monkeypatch):
