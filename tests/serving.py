@@ -36,6 +36,11 @@ class Server:
         """Queue a graph and follow it to its end; with `stop_after`, interrupt at that progress value of a sampler."""
         return asyncio.run(asyncio.wait_for(self._run(graph, stop_after), 1200))
 
+    def prepare(self, name: str) -> None:
+        """Workflow saved_character reads what long_story saves."""
+        if name == "saved_character" and not (self.base / "models" / "storyweft_characters" / "demo_Fox.safetensors").exists():
+            self.run(api("long_story"))
+
     async def _run(self, graph: dict, stop_after: int | None) -> "Followed":
         client, seen = uuid.uuid4().hex, Followed()
         async with (

@@ -35,15 +35,9 @@ def story_steps(followed, at_least: int) -> list[dict]:
     return [data for data in followed.of("progress") if data["max"] >= at_least]
 
 
-def prepare(server, name: str) -> None:
-    """Workflow saved_character reads what long_story saves."""
-    if name == "saved_character" and not (server.base / "models" / "storyweft_characters" / "demo_Fox.safetensors").exists():
-        server.run(api("long_story"))
-
-
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_workflow_runs_and_draws_pictures_that_are_not_flat(server, name):
-    prepare(server, name)
+    server.prepare(name)
     followed = server.run(api(name))
     assert followed.status == 200, followed.answer
     assert not followed.answer["node_errors"]
@@ -86,7 +80,7 @@ def test_panels_drawn_before_an_interrupt_are_kept(server):
 
 
 def test_a_character_is_saved_although_every_panel_is_kept_from_an_earlier_run(server):
-    prepare(server, "saved_character")
+    server.prepare("saved_character")
     saved = server.base / "models" / "storyweft_characters" / "demo_Fox.safetensors"
     saved.unlink()
     graph = change(api("long_story"), "StoryweftStorySampler", panels_at_once=2)       # so that the node runs again
@@ -113,7 +107,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("name", "kind", "inputs", "sentence"), REFUSALS, ids=[f"{row[1]}-{row[0]}" for row in REFUSALS])
 def test_a_bad_input_gives_one_sentence_with_node_input_and_value(server, name, kind, inputs, sentence):
-    prepare(server, name)
+    server.prepare(name)
     followed = server.run(change(api(name), kind, **inputs))
     if followed.status == 400:
         assert re.search(sentence, str(followed.answer["node_errors"]))
@@ -136,7 +130,8 @@ def test_not_a_number_gets_past_the_server_and_is_refused_by_the_node(server):
 
 def test_panels_drawn_before_a_failure_stay_on_disk(server):
     graph = change(api("two_characters"), "StoryweftStorySampler", seed=303)
-    graph = change(graph, "StoryweftStoryboard", background="no colour")
+    graph["colour"] = {"class_type": "PrimitiveString", "inputs": {"value": "no colour"}}      # typed, it would not be queued
+    graph = change(graph, "StoryweftStoryboard", background=["colour", 0])
     failed = server.run(graph)
     assert "no colour" in failed.error
     assert len(list((server.base / "output" / "storyweft" / "panels").glob("*.safetensors"))) >= 8
