@@ -5,18 +5,24 @@ Everything is read by ComfyUI's own loader, so SD1.5, SD2 and SDXL checkpoints a
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from . import host_models, loop, package  # noqa: F401
 
+import comfy.clip_vision  # isort: skip
 import comfy.ldm.modules.diffusionmodules.openaimodel  # isort: skip
 import comfy.model_base  # isort: skip
 import comfy.sd  # isort: skip
 from storyweft.host import demo  # isort: skip
+from storyweft.host.image_adapter import blank_features, features  # isort: skip
+from storyweft.host.motion import encoder_name  # isort: skip
 
 PREDICTIONS = (comfy.model_base.ModelType.EPS, comfy.model_base.ModelType.V_PREDICTION)
 TOKENS = 77  # of a prompt; what a caption has beyond them is left out
@@ -62,6 +68,12 @@ class PictureModel:
             )
         return torch.cat([one[:, :TOKENS].float() for one in contexts]), torch.cat([one.float() for one in pooled])
 
+    def told(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Contexts and pooled embeddings, bfloat16, of no words and of each different caption; which is whose [n]."""
+        known = {caption: row for row, caption in enumerate(["", *sorted(set(captions) - {""})])}
+        contexts, pooled = self.text(list(known))
+        return contexts.bfloat16(), pooled.bfloat16(), torch.tensor([known[caption] for caption in captions])
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents, in the U-Net's scale, of pictures [n, 3, h, w] in 0..1."""
@@ -95,6 +107,37 @@ class PictureModel:
             return a.sqrt() * x - (1 - a).sqrt() * made, a.sqrt() * made + (1 - a).sqrt() * x
         return (x - (1 - a).sqrt() * made) / a.sqrt(), made
 
+    @torch.no_grad()
+    def sampled(self, x: Tensor, steps: int, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Latents by DDIM from noise x; predict(x, t) is the guided prediction at timestep t (no dimensions)."""
+        times = torch.linspace(999, 0, steps + 1).round().long()
+        for now, after in zip(times[:-1], times[1:], strict=True):
+            a, b = self.alphas[now], self.alphas[after] if after > 0 else torch.tensor(1.0)
+            guess, noise = self.parts(x, predict(x, now), a)
+            x = b.sqrt() * guess + (1 - b).sqrt() * noise
+        return x
+
+    def sheet(self, rows: list[Tensor]) -> Image.Image:
+        """One row of pictures below the other, of latents [n, 4, h, w] each."""
+        return Image.fromarray(np.concatenate([np.concatenate(list(self.decode(row).numpy()), 1) for row in rows]))
+
+
+class PictureEncoder:
+    """A CLIP vision model as the nodes use it; name: what predictor files call it."""
+
+    def __init__(self, model):
+        self.model, self.name, self.size = model, encoder_name(model), model.image_size
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, feature: str = "pooled") -> Tensor:
+        """Pooled, projected embeddings [n, D] or hidden states [n, tokens, D] of pictures [n, 3, h, w] in 0..1."""
+        return features(self.model, pictures.movedim(1, -1), feature).float().cpu()
+
+    @torch.no_grad()
+    def blank(self, seen: Tensor, feature: str = "pooled") -> Tensor:
+        """What stands for no picture, [1, ...] like the features `seen`."""
+        return blank_features(self.model, seen, feature, "IP-Adapter")
+
 
 def add_arguments(parser) -> None:
     """The options that say which model is trained on."""
@@ -106,13 +149,24 @@ def add_arguments(parser) -> None:
     )
 
 
-def chosen(args) -> PictureModel:
-    """The checkpoint of --checkpoint, else the demo model. Raises ValueError for a file that is none."""
+def chosen(args, video: bool = False) -> PictureModel:
+    """The checkpoint of --checkpoint, else the demo model, of clips if `video`. Raises ValueError for a file that is none."""
     if not args.checkpoint:
-        return PictureModel("demo", args.weights / "unet.safetensors", *demo.load_demo(args.weights)[:3])
+        name, load = ("video", demo.load_demo_video) if video else ("unet", demo.load_demo)
+        return PictureModel("demo", args.weights / f"{name}.safetensors", *load(args.weights)[:3])
     if not args.checkpoint.is_file():
         raise ValueError(f"--checkpoint is {args.checkpoint} and there is no such file")
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(args.checkpoint))
     if clip is None or clip.cond_stage_model is None or vae is None:
         raise ValueError(f"{args.checkpoint} holds no text encoder or no VAE; give a whole checkpoint")
     return PictureModel(args.checkpoint.stem, args.checkpoint, model, clip, vae)
+
+
+def chosen_encoder(path: Path | None, weights: Path) -> PictureEncoder:
+    """The CLIP vision model of a file, else the demo's. Raises ValueError for a file that is none."""
+    if path is None:
+        return PictureEncoder(demo.load_clip_vision(weights))
+    model = comfy.clip_vision.load(str(path)) if path.is_file() else None
+    if model is None:
+        raise ValueError(f"--encoder is {path} and there is no CLIP vision model")
+    return PictureEncoder(model)

@@ -292,6 +292,21 @@ MOTIONS = ("right", "left", "near", "away", "still", "hop")
 SIDES = (0.3, 0.62)  # a character's longer side, in picture widths
 
 
+def emphasis(page: Page, side: int, inside: float) -> np.ndarray:
+    """Loss weight of each latent cell: `inside` where a character is, 1 elsewhere; [1, side, side]."""
+    weight = np.ones((1, side, side), np.float32)
+    for facts in page.facts:
+        x0, y0, x1, y1 = (round(edge * side) for edge in facts.box)
+        weight[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = inside
+    return weight
+
+
+def prompts(kinds: list[str]) -> list[str]:
+    """A scene with each of the kinds, in places and times one after the other."""
+    places, times = list(PLACES.values()), list(TIMES.values())
+    return [f"a {kind} {places[n % len(places)]} {times[n % len(times)]}" for n, kind in enumerate(kinds)]
+
+
 def path(rng: np.random.Generator, motion: str, frames: int) -> np.ndarray:
     """Where a character is in each frame: [frames, 3] of x and y of the box from edge (0) to edge (1), and its side.
 
