@@ -146,6 +146,10 @@ class ActCaptioner(nn.Module):
         self.word_emb = operations.Embedding(len(words), width)
         self.dec_fc = operations.Linear(width, len(words))
 
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Scores [n, tokens, words] of what follows each token [n, tokens], in one teacher-forced pass."""
+        return self.logits(tokens, self.prepare(self.remember(features)))[0]
+
     def remember(self, features: Tensor) -> Tensor:
         """What the decoder looks at, [n, tokens, width]."""
         return relu(self.encoder_linear(self.encoder(features)))

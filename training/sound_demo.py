@@ -1,7 +1,8 @@
 """Trains the demo models of sound on the picture-book world: a small ACT captioner and a sound encoder for the demo CLIP.
 
 `python -m training.sound_demo data`, then `captioner`, `encoder` and `pairs`; the last writes what training.sound_mapping
-trains the mapping network on. `sounds` renders the example sounds of weights/sounds, which no training hears.
+trains the mapping network on. `folder` writes examples as anybody's folder of captions, sounds and pictures has them, for
+`training.sound_mapping prepare`. `sounds` renders the example sounds of weights/sounds, which no training hears.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchaudio
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 
@@ -107,8 +109,7 @@ class CaptionerTask(Task):
     def loss(self, network, index, generator):
         x = masked(self.features[index].float(), generator)
         tokens = self.tokens[self.scene[index]]
-        model = network.module if hasattr(network, "module") else network
-        scores = model.logits(tokens[:, :-1], model.prepare(model.remember(x)))[0]
+        scores = network(x, tokens[:, :-1])
         return cross_entropy(scores.float().flatten(0, 1), tokens[:, 1:].flatten(), label_smoothing=0.05)
 
 
@@ -199,6 +200,24 @@ def write_pairs(data: dict[str, torch.Tensor], encoder: str, path: str) -> None:
     )  # fmt: skip
 
 
+def write_folder(folder: str, count: int, seed: int) -> None:
+    """`count` examples as NAME.txt, NAME.png and NAME.wav (16 bits), scenes in turn."""
+    import wave
+
+    from .storybook import sample
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        rng = np.random.default_rng((seed, 3, number))
+        kind, place, time = scene = SCENES[number * 37 % len(SCENES)]
+        path = Path(folder) / f"{number:05d}.txt"
+        path.write_text(caption(scene) + "\n")
+        Image.fromarray(sample(rng, "one", kind=kind, place=place, time=time).image).save(path.with_suffix(".png"))
+        with wave.open(str(path.with_suffix(".wav")), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes((heard(rng, scene).clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+
 def render(folder: str, seed: int, seconds: float = SECONDS) -> None:
     """Voices and ambiences as Opus files."""
     import av
@@ -232,11 +251,12 @@ def score(data: dict[str, torch.Tensor], texts: torch.Tensor, model) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("data", "captioner", "encoder", "pairs", "sounds"))
+    parser.add_argument("what", choices=("data", "captioner", "encoder", "pairs", "folder", "sounds"))
     parser.add_argument("--data", default=DATA)
     parser.add_argument("--count", type=int, default=5760, help="sounds of the data")
     parser.add_argument("--encoder", default="output/training/sound_encoder.safetensors")
     parser.add_argument("--pairs", default="output/training/sound_pairs.safetensors")
+    parser.add_argument("--examples", default="output/training/sound_folder", help="where `folder` writes")
     parser.add_argument("--sounds", default="weights/sounds")
     add_arguments(parser, batch=96, rate=2e-3, precision="no", minutes=5.0, average=0.995)
     args = parser.parse_args()
@@ -244,6 +264,8 @@ def main() -> None:
         make_data(args.count, args.seed, args.data)
     elif args.what == "sounds":
         render(args.sounds, args.seed)
+    elif args.what == "folder":
+        write_folder(args.examples, args.count, args.seed)
     elif args.what == "pairs":
         write_pairs(load_file(args.data), args.encoder, args.pairs)
     else:

@@ -1,25 +1,27 @@
-"""Reads a folder of captions with sounds and pictures: their ImageBind embeddings and the prompts of a text encoder of core.
+"""Reads a folder of captions with sounds and pictures: their embeddings in one space and the prompts of a text encoder of core.
 
-The one trainer module that uses `host`: pictures and texts must reach ImageBind as the nodes bring them.
+The one trainer module that uses `host`: pictures and texts must reach the encoder as the nodes bring them.
 """
 
 import argparse
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
-import torchaudio
 from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from . import host_models, pack  # noqa: F401
 
 import comfy.sd  # isort: skip
-import comfy.utils  # isort: skip
-from storyweft.host import imagebind as imagebind_host  # isort: skip
-from storyweft.models import imagebind, imagebind_frontend  # isort: skip
+from storyweft.host import demo, joint, model_files  # isort: skip
+from storyweft.models import imagebind  # isort: skip
 
 SOUNDS, PICTURES = (".wav", ".flac", ".ogg", ".mp3", ".opus"), (".png", ".jpg", ".jpeg", ".webp")
+DEMO = "demo"
+CLIPS, SHORT = 3, "loop"  # how the nodes hear by default
 
 
 def listed(folder: Path) -> list[tuple[str, Path | None, Path | None]]:
@@ -39,42 +41,66 @@ def listed(folder: Path) -> list[tuple[str, Path | None, Path | None]]:
     return found
 
 
-def read_sound(path: Path) -> torch.Tensor:
-    """Mono [samples] at 16 kHz."""
-    import av
-
-    with av.open(str(path)) as file:
-        stream = file.streams.audio[0]
-        resampler = av.AudioResampler("fltp", "mono", stream.rate)
-        blocks = [one.to_ndarray()[0] for frame in file.decode(stream) for one in resampler.resample(frame)]
-        rate = stream.rate
-    wave = torch.from_numpy(np.concatenate(blocks)).float()
+def read_sound(path: Path) -> tuple[torch.Tensor, int]:
+    """Mono [samples] and their rate. Raises ValueError for a file that holds no sound."""
+    try:
+        with av.open(str(path)) as file:
+            stream = file.streams.audio[0]
+            rate = stream.rate
+            resampler = av.AudioResampler("fltp", "mono", rate)
+            blocks = [one.to_ndarray()[0] for frame in file.decode(stream) for one in resampler.resample(frame)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} holds no sound that can be read") from error
+    wave = torch.from_numpy(np.concatenate(blocks or [np.zeros(0)])).float()
     if not wave.any():
         raise ValueError(f"{path} is silent")
-    return torchaudio.functional.resample(wave, rate, imagebind_frontend.RATE)
+    if not wave.isfinite().all():
+        raise ValueError(f"{path} holds samples that are no numbers")
+    return wave, rate
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """[1, height, width, 3] in [0, 1]. Raises ValueError for a file that is no picture."""
+    try:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB")))[None] / 255
+    except OSError as error:
+        raise ValueError(f"{path} is no picture that can be read") from error
+
+
+def encoder_of(name: str, towers: list[str]):
+    """The demo encoders, or ImageBind's towers from its file."""
+    if name == DEMO:
+        return joint.DemoEncoder()
+    network = imagebind.build(model_files.read(name, "--encoder"), towers, name)
+    return joint.ImageBindEncoder(network, towers, "training.sound_mapping")
+
+
+def text_encoder_of(files: list[str], kind: str):
+    if files == [DEMO]:
+        return demo.load_clip(str(demo.WEIGHTS))
+    kinds = {one.name.lower(): one for one in comfy.sd.CLIPType}
+    if kind not in kinds:
+        raise ValueError(f"--text-type is '{kind}'; choose one of {', '.join(kinds)}")
+    return comfy.sd.load_clip(ckpt_paths=files, clip_type=kinds[kind])
 
 
 @torch.no_grad()
-def prepare(args: argparse.Namespace) -> None:
-    """Write embeddings of every modality that all examples have, prompts, pooled vectors and lengths."""
-    if not args.imagebind or not args.text_encoder:
-        raise ValueError("prepare needs --imagebind and --text-encoder")
-    examples = listed(Path(args.pairs))
-    heard, seen = (all(one[place] is not None for one in examples) for place in (1, 2))
-    towers = ["text", *(["audio"] if heard else []), *(["vision"] if seen else [])]
-    network = imagebind.build(comfy.utils.load_torch_file(args.imagebind, safe_load=True), towers, args.imagebind)
-    kind = getattr(comfy.sd.CLIPType, args.text_type.upper())
-    clip = comfy.sd.load_clip(ckpt_paths=args.text_encoder, clip_type=kind)
-    captions = list(dict.fromkeys(caption for caption, _, _ in examples))
+def embedded(encoder, examples: list, heard: bool, seen: bool) -> dict[str, torch.Tensor]:
+    """Embeddings [examples, width] by modality."""
     made = {"text": [], "audio": [], "image": []}
-    for caption, sound, picture in examples:
-        made["text"].append(network.encode_text(imagebind_host.tokenize([caption])))
+    for caption, sound, picture in tqdm(examples, unit="example"):
+        made["text"].append(encoder.text([caption]))
         if heard:
-            made["audio"].append(network.encode_audio(imagebind_frontend.hear(read_sound(sound)[None], short="loop")))
+            wave, rate = read_sound(sound)
+            made["audio"].append(encoder.audio(wave[None], rate, CLIPS, SHORT))
         if seen:
-            pixels = torch.from_numpy(np.array(Image.open(picture).convert("RGB")))[None] / 255
-            made["image"].append(network.encode_vision(imagebind_host.see(pixels)))
-    tensors = {name: torch.cat(parts) for name, parts in made.items() if parts}
+            made["image"].append(encoder.image(read_picture(picture)))
+    return {name: torch.cat(parts).float() for name, parts in made.items() if parts}
+
+
+@torch.no_grad()
+def prompts_of(clip, captions: list[str]) -> dict[str, torch.Tensor]:
+    """Prompts [captions, length, width], shorter ones followed by zeros, how many of their rows are words, and pooled vectors."""
     prompts, pooled, lengths = [], [], []
     for caption in captions:
         tokens = clip.tokenize(caption, disable_weights=True)
@@ -84,14 +110,31 @@ def prepare(args: argparse.Namespace) -> None:
             pooled.append(extras["pooled_output"].float().cpu())
         lengths.append(filled(tokens, z.shape[1]))
     longest = max(z.shape[1] for z in prompts)
-    tensors["target"] = torch.cat([torch.nn.functional.pad(z, (0, 0, 0, longest - z.shape[1])) for z in prompts])
+    found = {"target": torch.cat([torch.nn.functional.pad(z, (0, 0, 0, longest - z.shape[1])) for z in prompts])}
     if len(pooled) == len(captions):
-        tensors["pooled"] = torch.cat(pooled)
-    tensors["length"] = torch.tensor(lengths)
-    tensors["target_of"] = torch.tensor([captions.index(caption) for caption, _, _ in examples])
-    name = args.target_name or ", ".join(Path(path).stem for path in args.text_encoder)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, args.out, {"space": "ImageBind", "target": name})
-    print(f"{len(examples)} examples, {len(captions)} prompts of {tuple(tensors['target'].shape[1:])} to {args.out}")
+        found["pooled"] = torch.cat(pooled)
+    return {**found, "length": torch.tensor(lengths)}
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Write embeddings of every modality that all examples have, prompts, pooled vectors and lengths."""
+    if not args.encoder or not args.text_encoder:
+        raise ValueError("prepare needs --encoder and --text-encoder: files, or demo for the demo models")
+    examples = listed(Path(args.pairs))
+    heard, seen = (all(one[place] is not None for one in examples) for place in (1, 2))
+    towers = ["text", *(["audio"] if heard else []), *(["vision"] if seen else [])]
+    encoder = encoder_of(args.encoder, towers)
+    tensors = embedded(encoder, examples, heard, seen)
+    captions = list(dict.fromkeys(caption for caption, _, _ in examples))
+    tensors |= prompts_of(text_encoder_of(args.text_encoder, args.text_type), captions)
+    number = {caption: index for index, caption in enumerate(captions)}
+    tensors["target_of"] = torch.tensor([number[caption] for caption, _, _ in examples])
+    name = args.target_name or ", ".join(f"{DEMO} CLIP" if path == DEMO else Path(path).stem for path in args.text_encoder)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, args.out, {"space": encoder.space, "target": name})
+    left = [what for what, there in (("sounds", heard), ("pictures", seen)) if not there]
+    without = f"; left out {' and '.join(left)}, which not every caption has" if left else ""
+    print(f"{len(examples)} examples, {len(captions)} prompts of {tuple(tensors['target'].shape[1:])} to {args.out}{without}")
 
 
 def filled(tokens: dict, length: int) -> int:
