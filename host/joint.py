@@ -107,15 +107,19 @@ class DemoEncoder:
         return torch.cat(found)
 
 
+def check_licence(node_id: str, encoder: str, licence_read: bool) -> None:
+    if encoder != DEMO and not licence_read:
+        raise ValueError(
+            f"{node_id}: ImageBind is CC BY-NC-SA 4.0, for non-commercial use; switch licence_read on to load it."
+        )
+
+
 def load_encoder(name: str, towers: str, licence: bool, node_id: str):
     """The encoder of a name. Raises ValueError without the licence's acknowledgement and for other files."""
     with torch.inference_mode(False):
         if name == DEMO:
             return DemoEncoder()
-        if not licence:
-            raise ValueError(
-                f"{node_id}: ImageBind is CC BY-NC-SA 4.0, for non-commercial use; switch licence_read on to load it."
-            )
+        check_licence(node_id, name, licence)
         state = read(folder_paths.get_full_path_or_raise(FOLDER, name), node_id)
         network = imagebind.build(state, WANTED[towers], f"{node_id}: {name}")
         return ImageBindEncoder(network, WANTED[towers], node_id)

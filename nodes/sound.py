@@ -9,6 +9,7 @@ from server import PromptServer
 
 from ..host import captioners, demo_sounds, sound_pictures, sounds, taggers
 from ..host.core_captioner import CoreCaptioner
+from ..host.queueing import ABSENT, refusal
 from ..story.heard import LEAST_CONFIDENCE, Caption, typed_caption
 
 CATEGORY = "Storyweft/Sound"
@@ -31,6 +32,11 @@ def captions_of(captions, node_id: str) -> list[Caption]:
     if not (isinstance(captions, list) and captions and all(isinstance(one, Caption) for one in captions)):
         raise ValueError(f"{node_id}: caption is {type(captions).__name__}; connect a caption of StoryweftAudioCaption.")
     return captions
+
+
+def check_captioner(node_id: str, captioner: str, clip) -> None:
+    if captioner == CORE and clip is None:
+        raise ValueError(f"{node_id}: captioner is '{CORE}' and clip is not connected.")
 
 
 class AudioCaption(io.ComfyNode):
@@ -121,15 +127,18 @@ class AudioCaption(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, captioner=None, clip=ABSENT) -> bool | str:
+        return refusal(cls, (check_captioner,), captioner=captioner, clip=clip)
+
+    @classmethod
     def execute(
         cls, audio, captioner, window=0.0, hop=0.0, keep=SUREST, search_width=1, whisper_style=sounds.STYLES[0],
         prompt=sounds.PROMPT, geometric_mean=False, clip=None,
     ) -> io.NodeOutput:  # fmt: skip
         node_id = "StoryweftAudioCaption"
+        check_captioner(node_id, captioner, clip)
         waves, rate = sounds.checked(audio, node_id)
         if captioner == CORE:
-            if clip is None:
-                raise ValueError(f"{node_id}: captioner is '{CORE}' and clip is not connected.")
             listener = CoreCaptioner(clip, node_id)
         else:
             listener = captioners.load(captioner, node_id)
@@ -171,6 +180,13 @@ def caption_of(listener, part: sounds.Window, asked: sounds.Asked, seconds: floa
     return Caption(tuple(words), tuple(chances), None, part.start, part.end, "; ".join(notes))
 
 
+def typed(caption: str, audio_attention: str, noun_probability: str) -> Caption:
+    try:
+        return typed_caption(caption, audio_attention, noun_probability)
+    except ValueError as error:
+        raise ValueError(f"StoryweftTypedCaption: {error}") from error
+
+
 class TypedCaption(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -201,11 +217,13 @@ class TypedCaption(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, caption=None, audio_attention="", noun_probability="") -> bool | str:
+        given = {"caption": caption, "audio_attention": audio_attention, "noun_probability": noun_probability}
+        return refusal(cls, (typed,), **given)
+
+    @classmethod
     def execute(cls, caption, audio_attention="", noun_probability="") -> io.NodeOutput:
-        try:
-            return io.NodeOutput([typed_caption(caption, audio_attention, noun_probability)])
-        except ValueError as error:
-            raise ValueError(f"StoryweftTypedCaption: {error}") from error
+        return io.NodeOutput([typed(caption, audio_attention, noun_probability)])
 
 
 class SentenceAttention(io.ComfyNode):
@@ -266,6 +284,18 @@ class Spectrogram(io.ComfyNode):
         return io.NodeOutput(torch.cat([sound_pictures.spectrogram(wave, rate, height) for wave in waves]))
 
 
+def sources(
+    node_id: str, voice: str, loudness: float, place: str, background: float, second_voice: str, second_loudness: float
+) -> list[tuple[str, float]]:
+    """Names and loudness of what is to be heard; ValueError for nothing."""
+    parts = [(f"voice_{voice}", voice, loudness), (f"place_{place}", place, background)]
+    parts.append((f"voice_{second_voice}", second_voice, second_loudness))
+    chosen = [(name, level) for name, word, level in parts if word != demo_sounds.NOBODY and level > 0]
+    if not chosen:
+        raise ValueError(f"{node_id}: voice is '{voice}' and place is '{place}', or both are silent; choose one.")
+    return chosen
+
+
 class DemoSound(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -303,15 +333,20 @@ class DemoSound(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(
+        cls, voice=None, loudness=None, place=None, background=None, second_voice=demo_sounds.NOBODY, second_loudness=0.6
+    ) -> bool | str:
+        return refusal(
+            cls, (sources,), voice=voice, loudness=loudness, place=place, background=background, second_voice=second_voice,
+            second_loudness=second_loudness,
+        )  # fmt: skip
+
+    @classmethod
     def execute(
         cls, voice, loudness, place, background, second_voice=demo_sounds.NOBODY, second_loudness=0.6, before=None
     ) -> io.NodeOutput:
         node_id = "StoryweftDemoSound"
-        parts = [(f"voice_{voice}", voice, loudness), (f"place_{place}", place, background)]
-        parts.append((f"voice_{second_voice}", second_voice, second_loudness))
-        chosen = [(name, level) for name, word, level in parts if word != demo_sounds.NOBODY and level > 0]
-        if not chosen:
-            raise ValueError(f"{node_id}: voice is '{voice}' and place is '{place}', or both are silent; choose one.")
+        chosen = sources(node_id, voice, loudness, place, background, second_voice, second_loudness)
         wave, rate = demo_sounds.mix(chosen)
         wave = wave[None, None]
         if before is not None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..host import joint, sounds
 from ..host.joint import Embedding
+from ..host.queueing import ABSENT, refusal
 from ..models.joint_embedding import add, renormed, slerp
 from ..models.sound_mapping import PromptMapping
 
@@ -58,8 +59,20 @@ class LoadJointEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, encoder=None, licence_read=False) -> bool | str:
+        return refusal(cls, (joint.check_licence,), encoder=encoder, licence_read=licence_read)
+
+    @classmethod
     def execute(cls, encoder, towers="all", licence_read=False) -> io.NodeOutput:
         return io.NodeOutput(joint.load_encoder(encoder, towers, licence_read, "StoryweftLoadJointEncoder"))
+
+
+def lines_of(node_id: str, audio, image, text: str) -> list[str]:
+    """Lines of the text; ValueError when it is empty and nothing else is connected."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if audio is None and image is None and not lines:
+        raise ValueError(f"{node_id}: audio, image and text are all empty; connect one of them.")
+    return lines
 
 
 class JointEncode(io.ComfyNode):
@@ -95,25 +108,32 @@ class JointEncode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, audio=ABSENT, image=ABSENT, text="") -> bool | str:
+        return refusal(cls, (lines_of,), audio=audio, image=image, text=text)
+
+    @classmethod
     def execute(cls, encoder, audio=None, image=None, text="", clips=3, short="loop") -> io.NodeOutput:
         node_id = "StoryweftJointEncode"
         if audio is not None and image is not None:
             raise ValueError(f"{node_id}: audio and image are both connected; encode each by itself and mix them.")
-        lines, quiet = [line.strip() for line in text.splitlines() if line.strip()], []
+        lines, quiet = lines_of(node_id, audio, image, text), []
         if audio is not None:
             waves, rate = sounds.checked(audio, node_id)
             quiet = [index for index, wave in enumerate(waves, 1) if float(wave.abs().max()) < sounds.SILENT]
             found = Embedding(encoder.audio(waves, rate, clips, short), "audio", encoder.space)
         elif image is not None:
             found = Embedding(encoder.image(image), "image", encoder.space)
-        elif lines:
-            found = Embedding(encoder.text(lines), "text", encoder.space)
         else:
-            raise ValueError(f"{node_id}: audio, image and text are all empty; connect one of them.")
+            found = Embedding(encoder.text(lines), "text", encoder.space)
         if not found.vectors.isfinite().all():
             raise ValueError(f"{node_id}: the embedding of {found.modality} holds no numbers (NaN).")
         silence = f"; nearly silent, so that their embedding says little: sounds {quiet}" if quiet else ""
         return io.NodeOutput(found, joint.describe(found) + silence)
+
+
+def check_circle(node_id: str, way: str, second_weight: float) -> None:
+    if way == "great circle" and not 0 <= second_weight <= 1:
+        raise ValueError(f"{node_id}: a great circle needs a second_weight from 0 to 1, not {second_weight}.")
 
 
 class EmbeddingMix(io.ComfyNode):
@@ -158,10 +178,15 @@ class EmbeddingMix(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, second_weight=None, way=None) -> bool | str:
+        return refusal(cls, (check_circle,), second_weight=second_weight, way=way)
+
+    @classmethod
     def execute(
         cls, first, first_weight, second_weight, third_weight, way, norm, second=None, third=None, reference=None
     ) -> io.NodeOutput:
         node_id = "StoryweftEmbeddingMix"
+        check_circle(node_id, way, second_weight)
         given = {"first": (first, first_weight), "second": (second, second_weight), "third": (third, third_weight)}
         parts = [
             (embedding_of(one, node_id, name), weight) for name, (one, weight) in given.items() if one is not None
@@ -177,11 +202,8 @@ class EmbeddingMix(io.ComfyNode):
         if reference is not None:
             norm = float(reference.image_embeds.norm(dim=-1).mean())
         if way == "great circle":
-            if len(parts) != 2 or not 0 <= second_weight <= 1:
-                raise ValueError(
-                    f"{node_id}: a great circle needs first and second and a second_weight from 0 to 1; there are {len(parts)} and "
-                    f"{second_weight}."
-                )
+            if len(parts) != 2:
+                raise ValueError(f"{node_id}: a great circle needs first and second; there are {len(parts)}.")
             mixed = slerp(*vectors, second_weight)
         else:
             mixed = add(vectors, [weight for _, weight in parts])
@@ -256,6 +278,11 @@ class LoadPromptMapping(io.ComfyNode):
         return io.NodeOutput(found, joint.settings(found))
 
 
+def check_way(node_id: str, way: str, text) -> None:
+    if way == APPEND and text is None:
+        raise ValueError(f"{node_id}: way is '{APPEND}' and text is not connected.")
+
+
 class ApplyPromptMapping(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -299,8 +326,13 @@ class ApplyPromptMapping(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, way=None, text=ABSENT) -> bool | str:
+        return refusal(cls, (check_way,), way=way, text=text)
+
+    @classmethod
     def execute(cls, mapping, embedding, way, rows=0, gain=1.0, strength=1.0, text=None) -> io.NodeOutput:
         node_id = "StoryweftApplyPromptMapping"
+        check_way(node_id, way, text)
         if not isinstance(mapping, PromptMapping):
             raise ValueError(f"{node_id}: mapping is {type(mapping).__name__}; connect StoryweftLoadPromptMapping.")
         found = embedding_of(embedding, node_id)
@@ -310,8 +342,6 @@ class ApplyPromptMapping(io.ComfyNode):
                 f"{node_id}: embedding is {found.space} {found.vectors.shape[1]} and the mapping was trained on "
                 f"{config.get('space', 'another space')} {config['inside']}."
             )
-        if way == APPEND and text is None:
-            raise ValueError(f"{node_id}: way is '{APPEND}' and text is not connected.")
         if rows > config["length"]:
             raise ValueError(f"{node_id}: rows is {rows} and the mapping makes {config['length']}.")
         with torch.no_grad():

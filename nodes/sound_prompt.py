@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..attention.sound import RESTORED, RULES
 from ..host import judges, sound_pictures, sound_prompt, sound_sampling, sounds
+from ..host.queueing import refusal
 from ..sampling.multistep import METHODS, calls
 from ..sampling.sound_optimise import Terms, best
 from ..story.heard import Caption
@@ -196,6 +197,11 @@ class LoadSoundJudge(io.ComfyNode):
         return io.NodeOutput(judges.load(judge, authors_scale, "StoryweftLoadSoundJudge"))
 
 
+def check_gradient_calls(gradient_calls: int, method: str, steps: int) -> None:
+    if gradient_calls > calls(method, steps):
+        raise ValueError(f"{OPTIMISE}: gradient_calls is {gradient_calls} of {calls(method, steps)} model calls; 0 means all.")
+
+
 class SoundOptimise(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -269,17 +275,20 @@ class SoundOptimise(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, gradient_calls=None, method=METHODS[0], steps=None) -> bool | str:
+        return refusal(cls, (check_gradient_calls,), gradient_calls=gradient_calls, method=method, steps=steps)
+
+    @classmethod
     def execute(
         cls, model, clip, vae, caption, audio, judge, width, height, start_noise, rounds, rate, steps, cfg,
         gradient_calls, rule, positional=True, strength=1.0, restore=RESTORED[0], keep_prompt=0.01, agree_caption=1.0,
         agree_sound=0.9, method=METHODS[0], scheduler="ddim_uniform", negative=None,
     ) -> io.NodeOutput:  # fmt: skip
+        check_gradient_calls(gradient_calls, method, steps)
         captions = captions_of(caption, OPTIMISE)
         if len(captions) != 1:
             raise ValueError(f"{OPTIMISE}: caption holds {len(captions)} captions; give one at a time.")
         waves, sample_rate = sounds.checked(audio, OPTIMISE)
-        if gradient_calls > calls(method, steps):
-            raise ValueError(f"{OPTIMISE}: gradient_calls is {gradient_calls} of {calls(method, steps)} model calls; 0 means all.")
         words = sound_prompt.weights_of(captions[0], rule, positional, strength)
         positive_weights(OPTIMISE, captions, [words])
         plain, rows, _ = sound_prompt.encode(clip, captions, [[1.0] * len(words)], False)

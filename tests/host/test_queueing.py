@@ -45,6 +45,15 @@ CASES = [
     ("StoryweftRandomShiftAVSampler", {"guidance": "gradient", "method": "ddim"}, 'not method "ddim" with task "video and sound"'),
     ("StoryweftRespacedSigmas", {"respacing": "dpm"}, "StoryweftRespacedSigmas: respacing \"dpm\": after dpm must stand"),
     ("StoryweftRespacedSigmas", {"respacing": "few"}, 'respacing "few" is neither'),
+    ("StoryweftAudioCaption", {"captioner": "language model (clip)"}, "captioner is 'language model (clip)' and clip is not"),
+    ("StoryweftTypedCaption", {"caption": " "}, "StoryweftTypedCaption: the caption is empty"),
+    ("StoryweftTypedCaption", {"audio_attention": "much"}, "audio_attention holds 'much', which is no number"),
+    ("StoryweftDemoSound", {"loudness": 0.0, "background": 0.0}, "or both are silent; choose one"),
+    ("StoryweftSoundOptimise", {"gradient_calls": 30, "steps": 20}, "gradient_calls is 30 of 21 model calls"),
+    ("StoryweftLoadJointEncoder", {"encoder": "some.safetensors"}, "switch licence_read on to load it"),
+    ("StoryweftJointEncode", {"text": " "}, "audio, image and text are all empty"),
+    ("StoryweftEmbeddingMix", {"way": "great circle", "second_weight": 1.5}, "needs a second_weight from 0 to 1, not 1.5"),
+    ("StoryweftApplyPromptMapping", {"way": "append to text"}, "way is 'append to text' and text is not connected"),
 ]  # fmt: skip
 LABELS = [f"{name}-{'-'.join(inputs)}" for name, inputs, _ in CASES]
 
@@ -132,8 +141,12 @@ def queued(graph: dict) -> tuple[list, str]:
 
 @pytest.mark.parametrize("name", ASKED)
 def test_defaults_pass(name):
-    typed = {"prompts": "a fox"} if name == "StoryweftStoryGenStory" else {}
-    assert queued(graph_of(name, typed)) == (["end"], "")
+    needed = {
+        "StoryweftStoryGenStory": {"prompts": "a fox"},
+        "StoryweftJointEncode": {"text": "a fox"},
+        "StoryweftDemoSound": {"voice": "fox"},
+    }
+    assert queued(graph_of(name, needed.get(name, {}))) == (["end"], "")
 
 
 @pytest.mark.parametrize(("name", "inputs", "sentence"), CASES, ids=LABELS)
