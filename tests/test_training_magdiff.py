@@ -3,6 +3,7 @@
 import pytest
 import torch
 from loading import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 from storyweft.host import magdiff
 from training_runs import outputs
@@ -10,14 +11,32 @@ from training_runs import outputs
 STEPS = ["--steps", "2", "--minutes", "0", "--batch", "4", "--cpu", "--count", "4", "--warmup", "1", "--rate", "0.05"]
 
 
+def subjects(folder):
+    """Three pictures with masks in their alpha channels and captions, and one without."""
+    folder.mkdir()
+    for name in ("one", "two", "three", "bare"):
+        picture = Image.new("RGB", (80, 64), (90, 40, 10))
+        if name != "bare":
+            mask = Image.new("L", picture.size)
+            mask.paste(255, (20, 10, 50, 40))
+            picture.putalpha(mask)
+        picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name}")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("magdiff")
     base = ["--folder", str(folder), *STEPS]
+    own = [*base, "--subjects", str(subjects(folder / "own")), "--side", "64"]
     options = {
         "alone": base,
-        "along": [*base, "--adapter", "--name", "along"],
+        "along": [*own, "--adapter", "--name", "along"],
         "dry": [*base, "--dry-run", "--name", "dry"],
+        "own": [*own, "--name", "own", "--dry-run"],
+        "alone_checkpoint": [*base, "--checkpoint", "some.safetensors"],
+        "clips": [*base, "--frames", "4"],
     }
     return dict(zip(options, outputs("training.magdiff", list(options.values())), strict=True)), folder
 
@@ -48,3 +67,16 @@ def test_a_dry_run_says_what_it_needs_and_writes_nothing(runs):
     told, folder = runs
     assert "4 pictures, each with the character kept and with the rest kept" in told["dry"]
     assert "s a step of 4 examples" in told["dry"] and not (folder / "dry.safetensors").exists()
+
+
+def test_a_folder_of_subjects_is_checked_without_training(runs):
+    told, folder = runs
+    assert "2 pictures, each with the character kept" in told["own"] and "1 more for samples" in told["own"], told
+    assert "left out:" in told["own"] and "bare.png: it has no bare.mask.png and no alpha channel" in told["own"]
+    assert not (folder / "own.safetensors").exists()
+
+
+def test_what_is_missing_is_named(runs):
+    told, _ = runs
+    assert "--checkpoint needs --adapter-file, an image adapter of its family, and --encoder" in told["alone_checkpoint"]
+    assert "--frames 4; give a multiple of 64, and clips only with --subjects" in told["clips"]

@@ -1,5 +1,6 @@
 """Silent clips for the motion trainer: a folder of videos, or the picture-book world, as equally long runs of frames."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .storybook import sample_clip
+from .storybook import FRAMES, sample_clip
 
+SHARE = 0.8  # correlation of the noise of two frames of a clip of the demo video model
 SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".gif"}
 
 
@@ -39,12 +41,14 @@ def read_frames(path: Path, size: int, fps: float) -> Tensor:
     return torch.stack(frames)
 
 
-def folder_clips(folder: Path, length: int, size: int, fps: float) -> tuple[Tensor, list[str], list[str]]:
-    """Clips uint8 [n, length, 3, size, size] one after the other in every video, their captions, and what was left out.
+def folder_clips(
+    folder: Path, length: int, size: int, fps: float, left_out: list[str]
+) -> Iterator[tuple[Tensor, str]]:
+    """Of every video its clips uint8 [n, length, 3, size, size], one after the other, and its caption; `left_out` is told why.
 
-    The caption of film.mp4 is the text of film.txt, or nothing. Raises ValueError when there is no clip.
+    The caption of film.mp4 is the text of film.txt, or nothing. Raises ValueError at the end when there was no clip.
     """
-    clips, captions, left_out = [], [], []
+    found = 0
     for path in sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES):
         try:
             frames = read_frames(path, size, fps)
@@ -55,12 +59,21 @@ def folder_clips(folder: Path, length: int, size: int, fps: float) -> tuple[Tens
             left_out.append(f"{path} has {len(frames)} frames at {fps} a second, fewer than {length}")
             continue
         told = path.with_suffix(".txt")
-        for start in range(0, len(frames) - length + 1, length):
-            clips.append(frames[start : start + length])
-            captions.append(told.read_text().strip() if told.exists() else "")
-    if not clips:
+        found += 1
+        count = len(frames) // length
+        yield frames[: count * length].unflatten(0, (count, length)), told.read_text().strip() if told.exists() else ""
+    if not found:
         raise ValueError(f"no clip of {length} frames in {folder}: {'; '.join(left_out) or 'no video file at all'}")
-    return torch.stack(clips), captions, left_out
+
+
+def shared(noise: Tensor, frames: int = FRAMES, share: float = SHARE) -> Tensor:
+    """Independent noise [clips * frames, ...] to noise whose frames have correlation `share` (arXiv 2305.10474).
+
+    The mean over frames and the deviation from it are stretched apart: each frame stays standard normal.
+    """
+    noise = noise.unflatten(0, (-1, frames))
+    mean = noise.mean(1, keepdim=True)
+    return ((1 + (frames - 1) * share) ** 0.5 * mean + (1 - share) ** 0.5 * (noise - mean)).flatten(0, 1)
 
 
 def demo_clips(seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:

@@ -23,6 +23,7 @@ from models.autoencoder import TinyAutoencoder
 
 from . import unet
 from .autoencoder import scaled
+from .clips import SHARE, shared
 from .storybook import FRAMES, sample_clip
 from .unet import ALPHAS, RANK, WORLD, Text, held_out, sheet
 
@@ -30,7 +31,6 @@ import comfy.ops  # isort: skip
 from comfy.ldm.modules.attention import SpatialVideoTransformer  # isort: skip
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # isort: skip
 
-SHARE = 0.8  # correlation of the noise of two frames of a clip
 CONFIG = {
     **unet.CONFIG,
     "use_temporal_attention": True,
@@ -49,16 +49,6 @@ def contiguous(x, groups, weight=None, bias=None, eps=1e-5):
 
 
 torch.nn.functional.group_norm = contiguous
-
-
-def shared(noise: torch.Tensor, frames: int = FRAMES, share: float = SHARE) -> torch.Tensor:
-    """Independent noise [clips * frames, ...] to noise whose frames have correlation `share` (arXiv 2305.10474).
-
-    The mean over frames and the deviation from it are stretched apart: each frame stays standard normal.
-    """
-    noise = noise.unflatten(0, (-1, frames))
-    mean = noise.mean(1, keepdim=True)
-    return ((1 + (frames - 1) * share) ** 0.5 * mean + (1 - share) ** 0.5 * (noise - mean)).flatten(0, 1)
 
 
 def temporal(name: str) -> bool:

@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 from storyweft.host.demo import WEIGHTS, load_demo
-from storyweft.training.picture_model import PictureModel, chosen
+from storyweft.training import kept
+from storyweft.training.picture_model import PictureModel, chosen, chosen_encoder
 
 import nodes
 
@@ -36,6 +37,48 @@ def test_what_is_predicted_gives_back_picture_and_noise(name, v, demo):
     error = (made - base.wanted(clean, noise, a)).square().mean((1, 2, 3))
     snr = (a / (1 - a)).flatten()
     assert torch.allclose(base.weight(a).flatten() * error, snr.clamp(max=5) * off, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["sd15", "demo"])
+def test_sampling_ends_at_the_picture_that_is_predicted(name, demo):
+    """A network that always sees the same clean picture; every timestep once, from the noisiest down."""
+    base, times = demo if name == "demo" else of(name), []
+    clean, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+
+    def predict(x, t):
+        times.append(int(t))
+        a = base.alphas[t]
+        return base.wanted(clean, (x - a.sqrt() * clean) / (1 - a).sqrt(), a)
+
+    assert torch.allclose(base.sampled(noise, 5, predict), clean, atol=1e-3) and times == [999, 799, 599, 400, 200]
+
+
+def test_captions_are_known_by_rows_of_which_the_first_has_no_words(demo):
+    contexts, pooled, rows = demo.told(["a red fox", "", "a blue owl", "a red fox"])
+    assert rows.tolist() == [2, 0, 1, 2] and len(contexts) == len(pooled) == 3
+    assert torch.allclose(contexts[[2, 0]].float(), demo.text(["a red fox", ""])[0], atol=0.03)
+
+
+def test_data_of_a_folder_is_made_anew_when_a_file_changes(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("one")
+    first = kept.mark(tmp_path / "a")
+    assert first == kept.mark(tmp_path / "a") and first.startswith("a_")
+    (tmp_path / "a" / "one.txt").write_text("three")
+    assert kept.mark(tmp_path / "a") != first
+    made = [kept.kept(tmp_path / "x" / "y.pt", lambda n=n: {"n": n}) for n in (1, 2)]
+    assert made == [{"n": 1}, {"n": 1}]
+
+
+def test_the_encoder_gives_what_cores_node_gives(tmp_path):
+    encoder = chosen_encoder(None, WEIGHTS)
+    pictures = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(7))
+    output = nodes.CLIPVisionEncode().encode(encoder.model, pictures.movedim(1, -1), "center")[0]
+    assert torch.equal(encoder(pictures), output["image_embeds"]) and encoder.name == "clip-128x3-96"
+    assert torch.equal(encoder(pictures, "hidden"), output["penultimate_hidden_states"])
+    assert encoder.blank(encoder(pictures)).shape == (1, 96) and encoder.blank(encoder(pictures, "hidden"), "hidden").any()
+    with pytest.raises(ValueError, match="--encoder is .*no.safetensors and there is no CLIP vision model"):
+        chosen_encoder(tmp_path / "no.safetensors", WEIGHTS)
 
 
 def test_the_unet_is_called_as_the_host_calls_it(demo):

@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_core_with_the_nodes_patches(name, twice, demo):
     tiny.fill(model.sites, 6)
     for site in model.sites:
         site.attn3.to_out[0].weight.data.mul_(20)
-    task, seen = task_of(base, model), {}
+    task, seen, made = task_of(base, model), {}, []
 
     def features(shown, steps, e, words):
         seen.update(shown=shown, steps=steps, e=e, captions=words)
@@ -77,7 +77,8 @@ def test_the_loss_is_that_of_core_with_the_nodes_patches(name, twice, demo):
 
     def network(x, t, words, joined):
         seen.update(x=x, t=t, words=words)
-        return model(x, t, words, joined)
+        made.append(model(x, t, words, joined))
+        return made[0]
 
     task.features = features
     seed = next(s for s in range(99) if 0.3 <= torch.rand((), generator=torch.Generator().manual_seed(s)) < 0.6)
@@ -94,6 +95,7 @@ def test_the_loss_is_that_of_core_with_the_nodes_patches(name, twice, demo):
     def predicted(clean):
         return base.wanted(clean, (seen["x"] - a.sqrt() * clean) / (1 - a).sqrt(), a)
 
+    assert torch.allclose(made[0], predicted(core), atol=2e-3)
     assert torch.isclose(loss, (predicted(core) - predicted(task.latents[:2, 3])).square().mean(), rtol=1e-3)
 
 
