@@ -41,8 +41,8 @@ def runs(tmp_path_factory):
         "adapter": [*base, "--stage", "video", "--start", str(folder / "first.safetensors"), "--adapter-only", "--name", "adapter"],
         "videos": [*base, "--videos", str(videos), "--dry-run"],
         "empty": [*base, "--videos", str(empty)],
-        "both": [*base, "--videos", str(videos), "--stage", "video"],
-        "short": [*base, "--frames", "2"],
+        "film": [*base, "--videos", str(videos), "--stage", "video", "--dry-run"],
+        "missing": [*base, "--videos", str(videos), "--stage", "video", "--checkpoint", str(folder / "no.safetensors")],
     }
     return dict(zip(options, outputs("training.motion_predictor", list(options.values())), strict=True)), folder
 
@@ -75,12 +75,13 @@ def test_stage_one_then_stage_two_make_a_file_of_both(runs):
 
 def test_a_folder_of_videos_is_cut_into_clips(runs):
     told, folder = runs
-    assert "3 clips of 8 frames, 1 more held out" in told["videos"]  # 17 frames at 8 a second in each: two clips
-    assert "short.mp4 has 3 frames at 8.0 a second, fewer than 8" in told["videos"] and "broken.mp4" in told["videos"]
+    for name in ("videos", "film"):  # 17 frames at 8 a second in each: two clips
+        assert "3 clips of 8 frames, 1 more held out" in told[name], told
+        assert "short.mp4 has 3 frames at 8.0 a second, fewer than 8" in told[name] and "broken.mp4" in told[name]
+    assert "would write" in told["film"]
 
 
 def test_what_cannot_be_trained_is_named(runs):
     told, _ = runs
     assert "no clip of 8 frames in" in told["empty"] and "no video file at all" in told["empty"]
-    assert "leave --videos and --encoder out" in told["both"]
-    assert "--frames is 2; a clip needs a frame between its ends" in told["short"]
+    assert "no.safetensors and there is no such file" in told["missing"]
