@@ -1,56 +1,40 @@
-"""Trains the demo image adapter: the picture of a cut-out character -> 4 tokens -> keys and values of the demo U-Net.
+"""Trains an image adapter in IP-Adapter's layout (arXiv 2308.06721): a picture -> tokens -> keys and values of a U-Net.
 
-`python -m training.adapter --minutes 25` after clip, autoencoder and unet, all of which stay as they are. The reference
-has the page's body colour and hat, half of the time on a character of another kind, so that kind stays with the text.
-IP-Adapter's published layout and dropping of conditions (arXiv 2308.06721); loss weighted equally over noise levels,
-because colour is settled early, and more inside the character's box. Writes the adapter, a resumable state and a sheet.
+`python -m training.adapter --minutes 25` for the demo model, after clip, autoencoder and unet, which lie in --folder and
+stay as they are. The reference has the page's body colour and hat, half of the time on a character of another kind, so that
+kind stays with the text; the loss counts more inside the character's box.
+
+`python -m training.adapter --checkpoint FILE --encoder CLIP_VISION_FILE --pictures DIR --side 512` for an SD1.5, SD2 or SDXL
+checkpoint on a folder of cat.png with its caption cat.txt. As the authors: a picture is its own reference, keys and values
+begin as those of the text, and of text, picture and both 5 % each are left out. Their numbers: --batch 64 --rate 1e-4
+--warmup 0 --decay 0 --average 0 --steps 1000000 --minutes 0. --start FILE goes on from a published adapter of any kind but
+FaceID. In both the loss weighs all noise levels alike.
 """
 
 import argparse
-import json
-import os
-import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from models.autoencoder import TinyAutoencoder
-from models.ip_adapter import ImageAdapter, Standard, in_file_order
+from . import kept, loop, written_out
+from .adapted import Adapted, read_adapter
+from .clips import covered
+from .picture_model import PictureEncoder, PictureModel, add_arguments, chosen, chosen_encoder
+from .stories import SUFFIXES
+from .storybook import COLOURS, HATS, KINDS, SIZE, Page, emphasis, prompts, sample, sprite
+from .subject_data import MASK, caption_of, held_out, told_left_out
 
-from .autoencoder import scaled
-from .clip import MEAN, STD
-from .storybook import COLOURS, HATS, KINDS, SIZE, Page, sample, sprite
-from .unet import ALPHAS, CONFIG, Text, held_out, sheet
-
-import comfy.ops  # isort: skip
-from comfy.ldm.modules.attention import SpatialTransformer  # isort: skip
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # isort: skip
+from storyweft.host.image_adapter import LoadedAdapter, channels, check_features  # isort: skip
+from storyweft.host.unet import UNetFamily  # isort: skip
+from storyweft.models.ip_adapter import ImageAdapter, Standard, in_file_order  # isort: skip
 
 GROUNDS = ((0, 0, 0), (128, 128, 128), (255, 255, 255))
 TOKENS = 4
 POSES = 20  # reference pictures of each kind, colour and hat
-
-
-class Place:
-    """One cross-attention layer of the U-Net and where it is."""
-
-    def __init__(self, path: str, block: int, channels: int):
-        self.path, self.block, self.channels = path, block, channels
-
-
-def cross_layers(unet: UNetModel) -> list[Place]:
-    blocks = [("input", index, block) for index, block in enumerate(unet.input_blocks)]
-    blocks += [("middle", 0, unet.middle_block)]
-    blocks += [("output", index, block) for index, block in enumerate(unet.output_blocks)]
-    found = []
-    for path, index, block in blocks:
-        for module in block:
-            if isinstance(module, SpatialTransformer):
-                found.append(Place(path, index, module.transformer_blocks[0].attn2.to_k.out_features))
-    return in_file_order(found)
+SHOWN = 4  # references of the sheet of samples
 
 
 def cut_out(rng: np.random.Generator, kind: str, colour: str, hat: str) -> np.ndarray:
@@ -66,8 +50,7 @@ def cut_out(rng: np.random.Generator, kind: str, colour: str, hat: str) -> np.nd
     return np.asarray(picture)
 
 
-@torch.no_grad()
-def embeddings(text: Text, seed: int) -> torch.Tensor:
+def embeddings(encoder: PictureEncoder, seed: int) -> Tensor:
     """Pooled CLIP embeddings of references, [kinds, colours, hats, POSES, width]."""
     rows = []
     for k, kind in enumerate(KINDS):
@@ -75,8 +58,7 @@ def embeddings(text: Text, seed: int) -> torch.Tensor:
             for h, hat in enumerate(HATS):
                 rng = np.random.default_rng((seed, k, c, h))
                 pictures = np.stack([cut_out(rng, kind, colour, hat) for _ in range(POSES)])
-                pixels = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
-                rows.append(text.encoders.vision(pixel_values=pixels, intermediate_output=-2)[2])
+                rows.append(encoder(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255))
     return torch.stack(rows).unflatten(0, (len(KINDS), len(COLOURS), len(HATS)))
 
 
@@ -88,216 +70,206 @@ def numbers(page: Page) -> tuple[int, int, int]:
     )
 
 
-def emphasis(page: Page, side: int, inside: float) -> np.ndarray:
-    """Loss weight of each latent cell: `inside` where a character is, 1 elsewhere; [1, side, side]."""
-    weight = np.ones((1, side, side), np.float32)
-    for facts in page.facts:
-        x0, y0, x1, y1 = (round(edge * side) for edge in facts.box)
-        weight[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = inside
-    return weight
+class Reading(nn.Module):
+    """The frozen U-Net with the adapter that is trained."""
+
+    def __init__(self, unet, adapter: ImageAdapter):
+        super().__init__()
+        self.unet, self.adapter = unet.requires_grad_(False), adapter
+        self.adapted = Adapted(self.unet, adapter)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, seen: Tensor, **more) -> Tensor:
+        """What the U-Net predicts for x [n, 4, h, w] with CLIP features seen [n, ...] of a reference."""
+        return self.adapted(x, t, context, self.adapter.image_proj(seen), **more)
 
 
-class Adapted:
-    """The frozen U-Net with an image branch, weight `scale`, added to each cross-attention."""
+class Pictures(loop.Task):
+    """See `demo_data` and `folder_data` for what `data` holds."""
 
-    def __init__(self, unet: UNetModel, adapter: ImageAdapter):
-        self.unet, self.adapter = unet, adapter
-        self.places = cross_layers(unet)
-        self.attention = [self._module(place) for place in self.places]
+    def __init__(self, model: Reading, base: PictureModel, data: dict, name: str, metadata: dict):
+        self.name, self.model, self.base, self.data, self.metadata = name, model, base, data, metadata
+        self.examples = data["examples"]
+        self.config = {"channels": model.adapter.channels, "feature": model.adapter.image_proj.feature}
 
-    def _module(self, place: Place):
-        blocks = {
-            "input": self.unet.input_blocks,
-            "output": self.unet.output_blocks,
-            "middle": [self.unet.middle_block],
-        }
-        block = blocks[place.path][place.block]
-        return next(m for m in block if isinstance(m, SpatialTransformer)).transformer_blocks[0].attn2
+    def references(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Features of a reference for each picture: itself, or a cut-out of the same look."""
+        data = self.data
+        if "known" not in data:
+            return data["seen"][index].float()
+        kind, colour, hat = data["known"][index].T
+        other = torch.randint(len(KINDS), (len(index),), generator=generator)
+        kind = torch.where(torch.rand(len(index), generator=generator) < 0.5, other, kind)
+        return data["seen"][kind, colour, hat, torch.randint(POSES, (len(index),), generator=generator)]
 
-    def __call__(self, x, t, context, tokens, scale=1.0, alphas=None, **more):
-        """alphas: a weight of the text's answer and one of the picture's for each layer, instead of 1 and scale."""
+    def predicted(self, network, x, t, rows, seen) -> Tensor:
+        """On the CPU, for pictures x whose captions are `rows`."""
+        device, more = next(self.model.parameters()).device, {}
+        y = self.base.vector(self.data["pooled"][rows].float(), x.shape[-2:])
+        if y is not None:
+            more["y"] = y.to(device)
+        given = (one.to(device) for one in (x, t, self.data["texts"][rows].float(), seen))
+        return network(*given, **more).float().cpu()
 
-        def patch(index):
-            heads = self.attention[index].heads
-            text, image = (1.0, scale) if alphas is None else alphas[index]
-
-            def attend(q, k, v, extra):
-                def one(k, v):
-                    a, b, c = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-                    weights = (a @ b.transpose(-1, -2) * a.shape[-1] ** -0.5).softmax(-1)
-                    return (weights @ c).transpose(1, 2).flatten(2)
-
-                return text * one(k, v) + image * one(*self.adapter.project(index, tokens.to(q)))
-
-            return attend
-
-        patches = {(place.path, place.block): patch(index) for index, place in enumerate(self.places)}
-        return self.unet(x, t, context, transformer_options={"patches_replace": {"attn2": patches}}, **more)
-
-
-@torch.no_grad()
-def draw(adapted: Adapted, embedding, captions, text: Text, decode, seed: int, steps=20, cfg=4.0, scale=1.0):
-    """DDIM samples with IP-Adapter's guidance, uint8 [n, h, w, 3]; embedding [n, width]."""
-    x = torch.randn(len(captions), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-    context = torch.cat([text(captions), text([""]).expand(len(captions), -1, -1)])
-    tokens = adapted.adapter.image_proj(torch.cat([embedding, torch.zeros_like(embedding)]))
-    times = torch.linspace(999, 0, steps + 1).round().long()
-    for now, after in zip(times[:-1], times[1:], strict=True):
-        a, b = ALPHAS[now], ALPHAS[after] if after > 0 else torch.tensor(1.0)
-        cond, uncond = adapted(x.repeat(2, 1, 1, 1), now.repeat(2 * len(x)), context, tokens, scale).chunk(2)
-        v = uncond + cfg * (cond - uncond)
-        clean, noise = a.sqrt() * x - (1 - a).sqrt() * v, a.sqrt() * v + (1 - a).sqrt() * x
-        x = b.sqrt() * clean + (1 - b).sqrt() * noise
-    return ((decode(x) + 1) * 127.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-
-
-class Trainer:
-    def __init__(self, args):
-        self.args = args
-        with safe_open(f"{args.folder}/autoencoder.safetensors", "pt") as file:
-            meta = file.metadata()
-            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        self.factor = float(meta["scale_factor"])
-        self.autoencoder = TinyAutoencoder(**json.loads(meta["config"])).requires_grad_(False)
-        self.autoencoder.load_state_dict(weights)
-        self.text = Text(f"{args.folder}/clip.safetensors")
-        unet = UNetModel(**CONFIG, dtype=torch.float32, operations=comfy.ops.disable_weight_init).requires_grad_(False)
-        unet.load_state_dict({k: v.float() for k, v in load_file(f"{args.folder}/unet.safetensors").items()})
-        unet.to(memory_format=torch.channels_last)
-        torch.manual_seed(args.seed)
-        width = CONFIG["context_dim"]
-        adapter = ImageAdapter(Standard(96, width, TOKENS), [place.channels for place in cross_layers(unet)])
-        for layer in adapter.ip_adapter.values():
-            torch.nn.init.zeros_(layer.to_v_ip.weight)  # training starts at the model without a picture
-        self.adapted = Adapted(unet, adapter)
-        self.optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.step, self.seconds = 0, 0.0
-        self.generator = torch.Generator().manual_seed(args.seed)
-        self.state = f"{args.folder}/adapter_state.pt"
-        if os.path.exists(self.state):
-            state = torch.load(self.state, weights_only=True)
-            adapter.load_state_dict(state["adapter"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.generator.manual_seed(args.seed + self.step)
-
-    def data(self) -> None:
-        """Latents, contexts, identities and loss weights of all pages, and the embeddings of references."""
-        args, latents, contexts, known, weights = self.args, [], [], [], []
-        self.references = embeddings(self.text, args.seed)
-        for start in range(0, args.pages, 500):
-            pages = [sample(np.random.default_rng((args.seed, i))) for i in range(start, start + 500)]
-            images = torch.from_numpy(np.stack([page.image for page in pages])).permute(0, 3, 1, 2)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                latents += [self.autoencoder.encode(scaled(part)).float() * self.factor for part in images.split(50)]
-            contexts.append(self.text([page.caption for page in pages]).bfloat16())
-            known += [numbers(page) for page in pages]
-            weights += [emphasis(page, latents[0].shape[-1], args.inside) for page in pages]
-            print(f"pages {start + 500}", flush=True)
-        self.latents, self.contexts = torch.cat(latents), torch.cat(contexts)
-        self.known, self.weights = torch.tensor(known), torch.from_numpy(np.stack(weights))
-        self.empty = self.text([""])[0]
-
-    def chance(self, size: int) -> torch.Tensor:
-        return torch.rand(size, generator=self.generator)
-
-    def loss(self) -> torch.Tensor:
-        size, generator = self.args.batch, self.generator
-        index = torch.randint(len(self.latents), (size,), generator=generator)
-        kind, colour, hat = self.known[index].T
-        other = torch.randint(len(KINDS), (size,), generator=generator)
-        kind = torch.where(self.chance(size) < 0.5, other, kind)
-        embedding = self.references[kind, colour, hat, torch.randint(POSES, (size,), generator=generator)]
-        context, dropped = self.contexts[index].float(), self.chance(size)
-        context[dropped < 0.1] = self.empty  # text 5 %, picture 5 %, both 5 %
-        embedding[(dropped >= 0.05) & (dropped < 0.15)] = 0
-        t = torch.randint(1000, (size,), generator=generator)
-        a = ALPHAS[t].view(-1, 1, 1, 1)
-        clean = self.latents[index]
+    def loss(self, network, index, generator):
+        data, count = self.data, len(index)
+        seen, rows = self.references(index, generator), data["rows"][index]
+        dropped = torch.rand(count, generator=generator)
+        rows[dropped < 0.1] = 0  # text 5 %, picture 5 %, both 5 %
+        seen[(dropped >= 0.05) & (dropped < 0.15)] = data["blank"].float()
+        t = torch.randint(1000, (count,), generator=generator)
+        a = self.base.alphas[t].view(-1, 1, 1, 1)
+        clean = data["latents"][index].float()
         noise = torch.randn(clean.shape, generator=generator)
         x = (a.sqrt() * clean + (1 - a).sqrt() * noise).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            v = self.adapted(x, t, context, self.adapted.adapter.image_proj(embedding)).float()
-        error = (v - (a.sqrt() * noise - (1 - a).sqrt() * clean)).square()
-        return (self.weights[index] * error).mean() / self.weights[index].mean()
+        error = (self.predicted(network, x, t, rows, seen) - self.base.wanted(clean, noise, a)).square()
+        weight = data["weights"][index]
+        return (weight * error).mean() / weight.mean()
 
-    def save(self) -> None:
-        adapter = self.adapted.adapter
-        state = {
-            "adapter": adapter.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        torch.save(state, self.state + ".part")
-        os.replace(self.state + ".part", self.state)
-        metadata = {
-            "pages_seen": str(self.step * self.args.batch),
-            "minutes": f"{self.seconds / 60:.1f}",
-            "seed": str(self.args.seed),
-        }
-        path = f"{self.args.folder}/adapter.safetensors"
-        save_file({k: v.half().contiguous() for k, v in adapter.state_dict().items()}, path + ".part", metadata)
-        os.replace(path + ".part", path)
+    def check(self):
+        return [f"{self.examples} pictures with captions", *told_left_out(self.data["left_out"])]
 
-    def show(self) -> None:
-        """Sheet of samples: a reference, then six captions drawn with it, for four identities."""
-        captions, found = held_out(6), []
-        for colour, hat in [(c, h) for c in range(len(COLOURS)) for h in (0, 2)][::3]:
-            names = (next(iter(KINDS)), list(COLOURS)[colour], HATS[hat])
-            embedding = self.references[0, colour, hat, :1].expand(len(captions), -1)
-            found += [cut_out(np.random.default_rng(0), *names)]
-            found += list(draw(self.adapted, embedding, captions, self.text, self.decode, 0))
-        sheet(found, f"{self.args.folder}/adapter_{self.step}.png", columns=len(captions) + 1)
+    def tensors(self):
+        return self.model.adapter.state_dict()
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.autoencoder.decode(latents / self.factor)
+    def show(self, model) -> Image.Image:
+        """A row for each reference: itself, then what captions draw with it."""
+        rows, data = [], self.data
+        for own, seen, told in zip(data["shown"], data["shown_seen"], data["shown_rows"], strict=True):
+            rows.append(torch.cat([own[None].float(), self.drawn(model, seen[None].float(), told)]))
+        return self.base.sheet(rows)
 
-    def run(self) -> None:
-        start, before, total, losses, kept = time.time(), self.seconds, self.args.minutes * 60, [], time.time()
-        parameters = list(self.adapted.adapter.parameters())
-        while self.seconds < total:
-            for group in self.optimizer.param_groups:
-                group["lr"] = (
-                    self.args.rate * min(1, (self.step + 1) / 100) * min(1, 3 * (1 - self.seconds / total) + 0.01)
-                )
-            loss = self.loss()
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.optimizer.step()
-            self.step += 1
-            losses.append(loss.item())
-            self.seconds = before + time.time() - start
-            if self.step % 50 == 0:
-                print(
-                    f"step {self.step} pages {self.step * self.args.batch} loss {np.mean(losses):.4f} seconds {self.seconds:.0f}",
-                    flush=True,
-                )
-                losses.clear()
-            if time.time() - kept > 300:
-                self.save()
-                kept = time.time()
-        self.save()
-        self.show()
+    def drawn(self, model, seen: Tensor, told: Tensor, steps=20, cfg=4.0) -> Tensor:
+        """DDIM samples of captions told [n] with IP-Adapter's guidance: the negative has no words and sees no picture."""
+        count = len(told)
+        both = torch.cat([part.expand(count, *part.shape[1:]) for part in (seen, self.data["blank"].float())])
+        rows = torch.cat([told, torch.zeros_like(told)])
+
+        def predict(x: Tensor, now: Tensor) -> Tensor:
+            found = self.predicted(model, x.repeat(2, 1, 1, 1), now.repeat(2 * count), rows, both)
+            cond, uncond = found.chunk(2)
+            return uncond + cfg * (cond - uncond)
+
+        shape = (count, *self.data["latents"].shape[1:])
+        return self.base.sampled(torch.randn(shape, generator=torch.Generator().manual_seed(0)), steps, predict)
+
+
+def demo_data(args, base: PictureModel, encoder: PictureEncoder) -> dict:
+    """latents [n, 4, 16, 16] of pages with loss weights, captions and the identities `known` [n, 3], of which `seen` has
+    embeddings; four identities to show with six captions each."""
+    latents, captions, known, weights = [], [], [], []
+    for start in range(0, args.pages, 50):
+        pages = [sample(np.random.default_rng((args.seed, i))) for i in range(start, min(start + 50, args.pages))]
+        pixels = torch.from_numpy(np.stack([page.image for page in pages])).permute(0, 3, 1, 2)
+        latents.append(base.encode(pixels.float() / 255).bfloat16())
+        captions += [page.caption for page in pages]
+        known += [numbers(page) for page in pages]
+        weights += [emphasis(page, latents[0].shape[-1], args.inside) for page in pages]
+    asked = prompts(list(KINDS)[:6])
+    looks = [(colour, hat) for colour in range(len(COLOURS)) for hat in (0, 2)][::3][:SHOWN]
+    cuts = [cut_out(np.random.default_rng(0), next(iter(KINDS)), list(COLOURS)[c], HATS[h]) for c, h in looks]
+    cuts = torch.from_numpy(np.stack(cuts)).permute(0, 3, 1, 2).float() / 255
+    texts, pooled, rows = base.told(captions + asked)
+    seen = embeddings(encoder, args.seed)
+    return {
+        "latents": torch.cat(latents), "texts": texts, "pooled": pooled, "rows": rows[: len(captions)], "left_out": [],
+        "known": torch.tensor(known), "weights": torch.from_numpy(np.stack(weights)), "seen": seen, "examples": args.pages,
+        "blank": torch.zeros(1, seen.shape[-1]), "shown": base.encode(cuts),
+        "shown_seen": torch.stack([seen[0, colour, hat, 0] for colour, hat in looks]),
+        "shown_rows": rows[len(captions) :].expand(len(looks), -1),
+    }  # fmt: skip
+
+
+def folder_data(args, base: PictureModel, encoder: PictureEncoder, feature: str) -> dict:
+    """latents [n, 4, h, w] of pictures, their features `seen` [n, ...] and captions; the last are shown, with and without words.
+
+    Raises ValueError for a folder without two pictures that have captions.
+    """
+    latents, seen, captions, left_out = [], [], [], []
+    for path in sorted(path for path in args.pictures.rglob("*") if path.suffix.lower() in SUFFIXES):
+        if path.stem.endswith(MASK):
+            continue
+        try:
+            caption, picture = caption_of(path), np.asarray(Image.open(path).convert("RGB"))
+        except (ValueError, OSError) as error:
+            left_out.append(f"{path}: {error}")
+            continue
+        captions.append(caption)
+        pixels = covered(picture, args.side)[None].float() / 255
+        latents.append(base.encode(pixels).bfloat16())
+        seen.append(encoder(pixels, feature).bfloat16())
+    if not captions:
+        raise ValueError(f"no picture with a caption in {args.pictures}: {'; '.join(left_out[:3]) or 'no picture at all'}")
+    held, (texts, pooled, rows) = held_out(len(captions), SHOWN), base.told(captions)
+    latents, seen = torch.cat(latents), torch.cat(seen)
+    return {
+        "latents": latents, "texts": texts, "pooled": pooled, "rows": rows, "left_out": left_out, "seen": seen,
+        "examples": len(latents) - held, "weights": torch.ones(len(latents), 1, 1, 1), "blank": encoder.blank(seen, feature),
+        "shown": latents[-held:], "shown_seen": seen[-held:], "shown_rows": torch.stack([rows[-held:], rows[-held:] * 0], 1),
+    }  # fmt: skip
+
+
+def new_adapter(base: PictureModel, clip: int, seed: int, copied: bool) -> ImageAdapter:
+    """One that reads pooled embeddings `clip` wide; its keys and values begin as the text's, or its values at nothing."""
+    family = UNetFamily(base.unet)
+    sizes, width = channels(family)
+    torch.manual_seed(seed)
+    adapter = ImageAdapter(Standard(clip, width, TOKENS), sizes)
+    for layer, place in zip(adapter.ip_adapter.values(), in_file_order(family.cross_layers), strict=True):
+        if copied:
+            layer.to_k_ip.load_state_dict(family.modules[place].to_k.state_dict())
+            layer.to_v_ip.load_state_dict(family.modules[place].to_v.state_dict())
+        else:
+            nn.init.zeros_(layer.to_v_ip.weight)
+    return adapter
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, help="folder of pictures with captions")
+    parser.add_argument("--side", type=int, default=128, help="pixels of a picture's side, a multiple of 64, of --pictures")
+    parser.add_argument("--pages", type=int, default=8000, help="pages of the picture-book world")
+    parser.add_argument("--inside", type=float, default=4.0, help="loss weight of the character's box, picture-book world")
+    add_arguments(parser)
+    parser.set_defaults(weights=None)
+    parser.add_argument("--encoder", type=Path, help="CLIP vision model that the adapter is to read; default: the demo's")
+    parser.add_argument("--start", type=Path, help="adapter file to begin from")
+    parser.add_argument("--name", default="adapter", help="stem of the files")
+    loop.add_arguments(parser, minutes=25, batch=32, rate=2e-3, average=0.0, seed=7)
+    args = parser.parse_args()
+    if args.checkpoint and not (args.encoder and args.pictures):
+        parser.error("--checkpoint needs --encoder, the CLIP vision the adapter is to read, and --pictures")
+    if args.side % 64:
+        parser.error(f"--side is {args.side}; give a multiple of 64")
+    args.cpu = args.cpu or not args.checkpoint  # the demo model is faster there
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--folder", default="output/training", help="where clip, autoencoder and unet are; the adapter goes there"
-    )
-    parser.add_argument("--minutes", type=float, default=25, help="training time in all, resumed runs counted")
-    parser.add_argument("--pages", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--inside", type=float, default=4.0, help="loss weight of the character's box")
-    parser.add_argument("--seed", type=int, default=7)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    trainer = Trainer(args)
-    trainer.data()
-    trainer.run()
+    args = arguments()
+    if not args.checkpoint:
+        torch.set_num_threads(1)
+        written_out.use()
+        if args.weights is None:  # models that were not released yet: what the demo loader checks is written for them
+            args.weights = Path(args.folder)
+            loop.checksums(args.weights)
+    base, encoder = chosen(args), chosen_encoder(args.encoder, args.weights)
+    if args.start:
+        adapter = read_adapter(args.start, base, "--start").requires_grad_(True)
+    else:
+        width = encoder(torch.zeros(1, 3, 64, 64)).shape[-1]
+        adapter = new_adapter(base, width, args.seed, args.checkpoint is not None)
+    feature = adapter.image_proj.feature
+    check_features(LoadedAdapter(args.name, adapter), encoder(torch.zeros(1, 3, 64, 64), feature), "--encoder")
+    if args.pictures:
+        source = f"{kept.mark(args.pictures)}_{args.side}_{feature}_{encoder.name}"
+        found = kept.kept(
+            Path(args.folder) / f"adapter_data_{base.hash[:12]}_{source}.pt",
+            lambda: folder_data(args, base, encoder, feature),
+        )
+    else:
+        found = demo_data(args, base, encoder)
+    metadata = {"base_model": base.hash, "encoder": encoder.name}
+    loop.Loop(Pictures(Reading(base.unet, adapter), base, found, args.name, metadata), args).run()
 
 
 if __name__ == "__main__":

@@ -69,6 +69,14 @@ def file_hash(path: str | Path) -> str:
     return found.hexdigest()
 
 
+def checksums(folder: Path) -> None:
+    """Write SHA256SUMS of every weight file of the folder, in the form that sha256sum -c reads."""
+    lines = [f"{file_hash(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    part = folder / "SHA256SUMS.part"
+    part.write_text("".join(lines))
+    os.replace(part, folder / "SHA256SUMS")
+
+
 def add_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
     """The options of the loop; `defaults` replaces those of a trainer."""
     add = parser.add_argument

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import avg_pool2d
 
 from .facts import load_autoencoder, pages
+from .loop import checksums
 from .video import temporal
 
 import comfy.ops  # isort: skip
@@ -75,17 +75,6 @@ def release(source: Path, target: Path) -> None:
     part.chmod(0o644)
     os.replace(part, target)
     print(f"{target} {target.stat().st_size} bytes", flush=True)
-
-
-def checksums(folder: Path) -> None:
-    """Write SHA256SUMS of every weight file of the folder, in the form that sha256sum -c reads."""
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-        for path in sorted(folder.glob("*.safetensors"))
-    ]
-    part = folder / "SHA256SUMS.part"
-    part.write_text("".join(lines))
-    os.replace(part, folder / "SHA256SUMS")
 
 
 def main() -> None:
