@@ -6,9 +6,9 @@ from loading import ROOT
 from PIL import Image
 from serving import RUNNABLE
 
-LATER = {  # for tools/thumbnails.py: saved_character takes a whole long_story, the others wait for new weights of their models
-    "av_inpaint", "board_continue", "board_trained", "joint_av", "keep_region", "motion_between_pictures", "saved_character",
-    "sound_to_video", "story_to_film", "subject_video", "video_to_sound",
+LATER = {  # drawn by tools/thumbnails.py when the new weights of their models are in
+    "av_inpaint", "board_continue", "board_trained", "joint_av", "keep_region", "motion_between_pictures", "sound_to_video",
+    "story_to_film", "subject_video", "video_to_sound",
 }  # fmt: skip
 PICTURES = sorted((ROOT / "workflows").glob("*.jpg"))
 
