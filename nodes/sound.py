@@ -241,8 +241,9 @@ class SentenceAttention(io.ComfyNode):
                     "tagger",
                     options=taggers.names(),
                     default=taggers.BUILT_IN,
-                    tooltip="The built-in list of nouns says 0 or 1 and needs nothing. Folders of models/pos_taggers: token "
-                    "classification models with Penn (NN, NNS) or universal tags (NOUN, PROPN) give probabilities.",
+                    tooltip="The built-in list of nouns says 0 or 1 and needs nothing. flair (the paper's; it opens its own model file as "
+                    "a pickle), nltk and spaCy work where they are installed. Folders of models/pos_taggers: token classification models "
+                    "with Penn (NN, NNS) or universal tags (NOUN, PROPN) give probabilities.",
                 ),
             ],
             outputs=[
@@ -254,9 +255,8 @@ class SentenceAttention(io.ComfyNode):
     @classmethod
     def execute(cls, caption, tagger) -> io.NodeOutput:
         node_id = "StoryweftSentenceAttention"
-        found = [
-            one.with_nouns(taggers.noun_probabilities(one, tagger, node_id)) for one in captions_of(caption, node_id)
-        ]
+        captions, nouns_of = captions_of(caption, node_id), taggers.load(tagger, node_id)
+        found = [one.with_nouns(nouns_of(one)) for one in captions]
         return io.NodeOutput(found, "\n".join(one.describe() for one in found))
 
 

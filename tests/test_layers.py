@@ -25,6 +25,9 @@ ALLOWED = {
         "numpy",
         "av",
         "transformers",
+        "flair",  # taggers that a user may have installed
+        "nltk",
+        "spacy",
         "attention",
         "sampling",
         "models",

@@ -1,0 +1,151 @@
+"""Taggers of packages that may be installed: imported when chosen, read by place, said in one sentence where missing."""
+
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+from storyweft.host import tagger_packages, taggers
+from storyweft.nodes import sound
+from storyweft.story.heard import typed_caption
+
+CAPTION = typed_caption("a man's dog, barks near well-known Trains")
+SPLIT = {"man's": ("man", "'s"), "well-known": ("well", "-", "known")}
+
+
+def tokens(text):
+    """(word, begin, end) as Penn's rules split."""
+    found, at = [], 0
+    for word in text.split(" "):
+        for part in SPLIT.get(word, (word,)):
+            found.append((part, at, at + len(part)))
+            at += len(part)
+        at += 1
+    return found
+
+
+def module(monkeypatch, name, **parts):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for key, value in parts.items():
+        setattr(sys.modules[name], key, value)
+    return sys.modules[name]
+
+
+@dataclass
+class Label:
+    value: str
+    score: float
+
+
+def fake_flair(monkeypatch):
+    chances = {"man": [Label("NN", 0.6), Label("NNS", 0.3), Label("VB", 0.1)], "dog": [Label("NN", 0.8), Label("NNP", 0.2)]}
+
+    class Token:
+        def __init__(self, text, begin, end):
+            self.text, self.start_position, self.end_position = text, begin, end
+
+        def get_tags_proba_dist(self, kind):
+            return chances.get(self.text, [Label("NNP", 1.0)]) if kind == "pos" and self.tagged else []
+
+    def predict(sentence, return_probabilities_for_all_classes):
+        for token in sentence:
+            token.tagged = return_probabilities_for_all_classes
+
+    def load(name):
+        if name != "flair/pos-english":
+            raise FileNotFoundError(name)
+        return types.SimpleNamespace(label_type="pos", predict=predict)
+
+    module(monkeypatch, "flair")
+    module(monkeypatch, "flair.data", Sentence=lambda text: [Token(*one) for one in tokens(text)])
+    return module(monkeypatch, "flair.models", SequenceTagger=types.SimpleNamespace(load=load))
+
+
+def test_flair_gives_probabilities_of_common_nouns(monkeypatch):
+    fake_flair(monkeypatch)
+    found = taggers.load("flair", "N")(CAPTION)
+    assert found == pytest.approx([0, 0.9, 0.8, 0, 0, 0, 0])
+    monkeypatch.setattr(tagger_packages, "FLAIR_MODEL", "gone")
+    with pytest.raises(ValueError, match="N: flair finds no model 'gone' in its cache and cannot fetch it"):
+        taggers.load("flair", "N")
+
+
+def fake_nltk(monkeypatch, tags):
+    class Tokenizer:
+        def span_tokenize(self, text):
+            return iter((begin, end) for _, begin, end in tokens(text))
+
+    def pos_tag(words):
+        if tags is None:
+            raise LookupError("Resource not found")
+        return [(word, tags.get(word, "VBZ")) for word in words]
+
+    module(monkeypatch, "nltk", pos_tag=pos_tag)
+    module(monkeypatch, "nltk.tokenize", TreebankWordTokenizer=Tokenizer)
+
+
+def test_nltk_says_noun_or_not_and_names_the_data_it_lacks(monkeypatch):
+    fake_nltk(monkeypatch, {"man": "NN", "'s": "POS", "dog": "NN", "trains": "NNS", "known": "NN", "a": "DT"})
+    assert taggers.load("nltk", "N")(CAPTION) == [0, 1, 1, 0, 0, 1, 1]
+    fake_nltk(monkeypatch, None)
+    with pytest.raises(ValueError, match="N: nltk lacks its data 'averaged_perceptron_tagger_eng'; run `python -m nltk.downloader"):
+        taggers.load("nltk", "N")(CAPTION)
+
+
+def fake_spacy(monkeypatch, installed, tags):
+    class Doc(list):
+        def has_annotation(self, name):
+            return name == "TAG" and bool(tags)
+
+    class Token:
+        def __init__(self, text, begin, end):
+            self.text, self.idx, self.tag_ = text, begin, tags.get(text, "")
+
+        def __len__(self):
+            return len(self.text)
+
+    def load(name):
+        assert name == "en_core_web_sm"
+        return lambda text: Doc(Token(*one) for one in tokens(text))
+
+    util = types.SimpleNamespace(get_installed_models=lambda: installed)
+    module(monkeypatch, "spacy", util=util, load=load)
+
+
+def test_spacy_takes_the_english_pipeline_that_is_installed(monkeypatch):
+    fake_spacy(monkeypatch, ["de_core_news_sm", "en_core_web_sm"], {"man": "NN", "dog": "NN", "trains": "NNS", "a": "DT"})
+    assert taggers.load("spaCy", "N")(CAPTION) == [0, 1, 1, 0, 0, 0, 1]
+    fake_spacy(monkeypatch, ["en_core_web_sm"], {})
+    with pytest.raises(ValueError, match="N: spaCy's pipeline en_core_web_sm tags no parts of speech"):
+        taggers.load("spaCy", "N")(CAPTION)
+    fake_spacy(monkeypatch, ["de_core_news_sm"], {})
+    with pytest.raises(ValueError, match="N: spaCy has no English pipeline; run `python -m spacy download en_core_web_sm`"):
+        taggers.load("spaCy", "N")
+
+
+@pytest.mark.parametrize("name", tagger_packages.PACKAGES)
+def test_a_package_that_is_not_installed_is_named(monkeypatch, name):
+    for part in (name.lower(), "flair.data", "flair.models", "nltk.tokenize"):
+        monkeypatch.setitem(sys.modules, part, None)
+    with pytest.raises(ValueError, match=f"StoryweftSentenceAttention: tagger is '{name}', which is not installed here .*pip install"):
+        sound.SentenceAttention.execute([CAPTION], name)
+
+
+def test_the_built_in_list_needs_none_of_them(monkeypatch):
+    for name in tagger_packages.PACKAGES:
+        monkeypatch.setitem(sys.modules, name.lower(), None)
+    made, report = sound.SentenceAttention.execute([CAPTION], taggers.BUILT_IN).args
+    assert made[0].nouns == (0, 1, 1, 0, 0, 0, 1) and "noun 1.00" in report
+    assert sound.SentenceAttention.GET_SCHEMA().inputs[1].default == taggers.BUILT_IN
+
+
+def test_real_spacy_by_rules(monkeypatch):
+    """Where spaCy is installed: a pipeline of its tokenizer and rules, without a model."""
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    ruler = pipeline.add_pipe("attribute_ruler")
+    for word, tag in {"man": "NN", "dog": "NN", "trains": "NNS"}.items():
+        ruler.add([[{"LOWER": word}]], {"TAG": tag})
+    monkeypatch.setattr(spacy.util, "get_installed_models", lambda: ["en_rules"])
+    monkeypatch.setattr(spacy, "load", lambda name: pipeline)
+    assert taggers.load("spaCy", "N")(CAPTION) == [0, 1, 1, 0, 0, 0, 1]
