@@ -118,7 +118,7 @@ class Studio:
 def alike(judge: DemoJudge, pictures: torch.Tensor, waves: np.ndarray) -> list[float]:
     """Cosine of each picture and its sound in the demo space."""
     _, seen = judge.see(pictures.movedim(-1, 1).clone())
-    heard = torch.cat([judge.audio(torch.from_numpy(wave).float(), sound_demo.RATE) for wave in waves])
+    heard = torch.cat([judge.audio(torch.from_numpy(wave).float(), sound_demo.RATE, "") for wave in waves])
     return torch.nn.functional.cosine_similarity(seen, heard).tolist()
 
 
@@ -270,9 +270,9 @@ def mappings(studio: Studio) -> list[str]:
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            out = task.model(held[order], "audio")[0]
-        white = (out - judge.model.target_mean) / judge.model.target_std
-        varies = judge.model.target_std.mean(-1) > 1e-3  # the start token's row is the same in every prompt
+            out = task.mapping(held[order], "audio")[0]
+        white = (out - judge.mapping.target_mean) / judge.mapping.target_std
+        varies = judge.mapping.target_std.mean(-1) > 1e-3  # the start token's row is the same in every prompt
         mask = judge.mask[goal[order]] * varies
         found = sound_mapping.diagnose(*(sound_mapping.mean_rows(x, mask) for x in (white, judge.white[goal[order]])))
         cells = [f"{found[key]:.2f}" for key in MEASURED]

@@ -11,9 +11,12 @@ reference_pass.py, story_gen*.py    StoryGen: passes over references, guider, we
 reference_attention.py  the same passes answered by the model's own self-attention
 prompts.py      one conditioning row per panel
 sheet.py, fonts.py, wrapping.py     pictures and captions on one sheet
-sounds.py, captioners.py, whisper.py, core_captioner.py, taggers.py    AUDIO, and who puts it into words
+sounds.py, captioners.py, whisper.py, core_captioner.py    AUDIO, and who puts it into words
+taggers.py, tagger_packages.py      which of the words are nouns
 sound_words.py, sound_prompt.py     words of captions at their tokens; weighted prompts and keys
-sound_sampling.py, judges.py        weights tuned through the sampler; who compares picture and sound
+sound_sampling.py       weights tuned through the sampler
+judge.py, judges.py, clap.py        who compares pictures with a sound and its caption
+model_files.py          files and folders of weights in models/
 joint.py, imagebind.py              one vector for a sound, a picture or a text
 motion.py, frame_rows.py    predicted embeddings of frames and four ways into a video model
 trained_board.py, magdiff.py    trained parts of StoryImager and MagDiff as rules

@@ -18,7 +18,8 @@ from ..models import imagebind, imagebind_frontend
 from ..models.sound_mapping import PromptMapping, build
 from . import imagebind as imagebind_host
 from .demo import WEIGHTS, load_clip, load_clip_vision, read_weights
-from .judges import demo_features, demo_sound_encoder, read
+from .judges import demo_features, demo_sound_encoder
+from .model_files import read
 from .sound_words import tokenize
 from .sounds import resampled
 

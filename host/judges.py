@@ -1,67 +1,30 @@
-"""Who says whether a picture agrees with a caption and a sound: AudioCLIP, ImageBind, or the demo encoders.
-
-A judge answers to `text(caption)` and `audio(wave, rate)` with features [1, width] that are made once, and to
-`see(picture)` with the picture's feature in the space of each; gradients flow through `see` alone.
-"""
+"""Who says whether a picture agrees with a caption and a sound: AudioCLIP, ImageBind, CLAP through words, or the demo encoders."""
 
 import json
-import pickle
 from pathlib import Path
 
-import comfy.model_management
 import comfy.ops
-import comfy.utils
-import folder_paths
 import torch
 from torch import Tensor
 
 from ..models import act_frontend, audioclip, imagebind, imagebind_frontend
 from ..models.sound_encoder import SoundEncoder
-from ..sampling.sound_optimise import LARGEST, prepare
+from . import clap, model_files
 from . import imagebind as imagebind_host
 from .demo import WEIGHTS, load_clip, read_weights
+from .judge import Judge
 from .sound_words import tokenize
 from .sounds import resampled
 
 FOLDER = "sound_judges"  # of models/
 DEMO = "demo"
-SECONDS = {"audioclip": 10.0}
-
-
-def add_folder() -> None:
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+SAME = "the judge itself"
+SECONDS = 10.0  # that AudioCLIP hears
 
 
 def names() -> list[str]:
-    """The demo encoders and the files of models/sound_judges."""
-    return [DEMO, *folder_paths.get_filename_list(FOLDER)]
-
-
-def read(path: str, node_id: str) -> dict[str, Tensor]:
-    """Tensors of a file that holds nothing else. Raises ValueError otherwise."""
-    try:
-        return comfy.utils.load_torch_file(path, safe_load=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{node_id}: {Path(path).name} holds more than weights and is not opened.") from error
-
-
-class Judge:
-    """The common part: a network on the device and pictures as it takes them."""
-
-    size = 224
-    log_scale: Tensor | float = LARGEST
-
-    def __init__(self, network: torch.nn.Module):
-        self.device = comfy.model_management.get_torch_device()
-        self.network = network.to(self.device)
-
-    def _both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of prepared pictures in the space of texts and in that of sounds."""
-        raise NotImplementedError
-
-    def see(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of pictures [n, 3, h, w] in [0, 1] in the space of texts and in that of sounds."""
-        return self._both(prepare(picture.float().to(self.device), self.size))
+    """The demo encoders, and what lies in models/sound_judges."""
+    return [DEMO, *model_files.names(FOLDER)]
 
 
 class AudioClipJudge(Judge):
@@ -77,8 +40,8 @@ class AudioClipJudge(Judge):
         return self.network.encode_text(imagebind_host.tokenize([caption]).to(self.device))
 
     @torch.no_grad()
-    def audio(self, wave: Tensor, rate: int) -> Tensor:
-        samples = round(SECONDS["audioclip"] * audioclip.RATE)
+    def audio(self, wave: Tensor, rate: int, caption: str) -> Tensor:
+        samples = round(SECONDS * audioclip.RATE)
         wave = resampled(wave, rate, audioclip.RATE)[:samples]
         wave = torch.nn.functional.pad(wave, (0, samples - len(wave)))
         return self.network.encode_audio(wave[None].to(self.device), self.authors_scale)
@@ -94,7 +57,7 @@ class ImageBindJudge(Judge):
         return self.network.encode_text(imagebind_host.tokenize([caption]).to(self.device))
 
     @torch.no_grad()
-    def audio(self, wave: Tensor, rate: int) -> Tensor:
+    def audio(self, wave: Tensor, rate: int, caption: str) -> Tensor:
         wave = resampled(wave, rate, imagebind_frontend.RATE)
         return self.network.encode_audio(imagebind_frontend.hear(wave[None], short="loop").to(self.device))
 
@@ -129,7 +92,7 @@ class DemoJudge(Judge):
         return projection(pooled.to(projection.weight)).to(self.device)
 
     @torch.no_grad()
-    def audio(self, wave: Tensor, rate: int) -> Tensor:
+    def audio(self, wave: Tensor, rate: int, caption: str) -> Tensor:
         return self.encoder(demo_features(wave[None], rate, self.samples).to(self.device))
 
     def _both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,12 +113,30 @@ def demo_sound_encoder(folder: Path = WEIGHTS) -> tuple[SoundEncoder, int]:
     return network.train(False).requires_grad_(False), round(config["seconds"] * act_frontend.RATE)
 
 
-def load(name: str, authors_scale: bool, node_id: str) -> Judge:
-    """The judge of a name of `names()`, weights as normal tensors. Raises ValueError for a file of another kind."""
+def load(name: str, authors_scale: bool, node_id: str, reader: str = SAME) -> clap.SeparateTextJudge | Judge:
+    """The judge of a name of `names()`; `reader`: the CLIP of that name judges the caption in its place.
+
+    Weights are normal tensors. Raises ValueError for a file of another kind, and for CLAP without a CLIP.
+    """
     with torch.inference_mode(False):
-        if name == DEMO:
-            return DemoJudge(WEIGHTS)
-        state = read(folder_paths.get_full_path_or_raise(FOLDER, name), node_id)
-        if any(key.startswith("modality_trunks.") for key in state):
-            return ImageBindJudge(imagebind.build(state, imagebind.MODALITIES, f"{node_id}: {name}"))
-        return AudioClipJudge(audioclip.build(state, f"{node_id}: {name}"), authors_scale)
+        path = None if name == DEMO else model_files.located(FOLDER, name, node_id)
+        kind = clap.kind_of(path) if path else ""
+        if kind == "clip":
+            raise ValueError(f"{node_id}: {name} is CLIP, which hears nothing; choose it at caption_judge.")
+        if kind == "clap" and reader == SAME:
+            raise ValueError(f"{node_id}: {name} is CLAP, which sees no pictures; choose a CLIP at caption_judge.")
+        reading = None if reader == SAME else clap.ClipJudge(model_files.located(FOLDER, reader, node_id), node_id)
+        if path is None:
+            found = DemoJudge(WEIGHTS)
+        elif path.is_dir():
+            return clap.ClapJudge(path, reading, node_id)
+        else:
+            found = of_file(path, authors_scale, node_id)
+        return found if reading is None else clap.SeparateTextJudge(found, reading)
+
+
+def of_file(path: Path, authors_scale: bool, node_id: str) -> Judge:
+    state = model_files.read(path, node_id)
+    if any(key.startswith("modality_trunks.") for key in state):
+        return ImageBindJudge(imagebind.build(state, imagebind.MODALITIES, f"{node_id}: {path.name}"))
+    return AudioClipJudge(audioclip.build(state, f"{node_id}: {path.name}"), authors_scale)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention.sound import reweight
 from ..sampling.multistep import calls, walk
-from ..sampling.sound_optimise import Round, Terms, disagreement, optimise, spherical
+from ..sampling.sound_optimise import Round, Terms, disagreement, optimise, spherical, views
 from . import families, override
 from .unet import UNetFamily
 
@@ -30,7 +30,10 @@ SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are drawn while the weights are tuned; `last`: evaluations with a gradient, None for all."""
+    """How pictures are drawn while the weights are tuned.
+
+    last: evaluations with a gradient, None for all. augment: crops of each picture that are judged beside it.
+    """
 
     steps: int = 40
     method: str = "plms"
@@ -41,6 +44,7 @@ class Settings:
     last: int | None = None
     terms: Terms = Terms()
     restore: str = "mean"
+    augment: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,10 @@ def plain_attention(func, *args, **kwargs):
 class Optimisation(comfy.samplers.Sampler):
     """A sampler that draws the same noise again and again, while the weights of the prompt's rows are tuned."""
 
-    def __init__(self, vae, weights: Tensor, judge, caption: str, sound: tuple[Tensor, int], settings: Settings):
-        self.settings, self.weights, self.judge = settings, weights, judge
+    def __init__(self, vae, weights: Tensor, judge, caption: str, sound: tuple[Tensor, int], settings: Settings, seed: int):
+        self.settings, self.weights, self.judge, self.seed = settings, weights, judge, seed
         self.vae, self.decoder = vae, whole(vae.patcher)
-        self.text, self.audio = judge.text(caption), judge.audio(*sound)
+        self.text, self.audio = judge.text(caption), judge.audio(*sound, caption)
         self.outcome: Outcome | None = None
         self.latents: list[Tensor] = []
         self.progress = comfy.utils.ProgressBar(settings.rounds * calls(settings.method, settings.steps))
@@ -144,7 +148,7 @@ class Optimisation(comfy.samplers.Sampler):
         return ((pixels + 1) / 2).clamp(0, 1)
 
     def _judge(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        for_text, for_audio = self.judge.see(picture)
+        for_text, for_audio = self.judge.see(views(picture, self.settings.augment, self.seed))
         return spherical(for_text, self.text), disagreement(for_audio, self.audio, self.judge.log_scale)
 
     def _report(self, index: int, one: Round) -> None:
@@ -165,7 +169,7 @@ def run(
             patcher.get_model_object("model_sampling"), settings.scheduler, settings.steps
         )
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed))
-        sampler = Optimisation(vae, weights, judge, caption, sound, settings)
+        sampler = Optimisation(vae, weights, judge, caption, sound, settings, noise_seed)
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(normal(positive), normal(negative))
         guider.set_cfg(settings.cfg)

@@ -7,6 +7,7 @@ import comfy.model_patcher
 import torch
 
 from ..story.heard import group
+from .model_files import check_tokenizer
 from .sounds import Asked, Window, resampled
 
 RATE, SECONDS = 16000, 30.0
@@ -30,6 +31,7 @@ class Whisper:
             self.tokenizer = WhisperTokenizerFast.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{node_id}: {folder.name} is no Whisper model: {str(error).splitlines()[0]}") from error
+        check_tokenizer(folder, node_id)
         self.network.requires_grad_(False)
         self.device = comfy.model_management.get_torch_device()
         held = torch.nn.ModuleDict({"whisper": self.network})  # the patcher notes a device, which transformers' classes refuse

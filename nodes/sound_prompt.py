@@ -5,7 +5,7 @@ import math
 from comfy_api.latest import io
 
 from ..attention.sound import RESTORED, RULES
-from ..host import judges, sound_pictures, sound_prompt, sound_sampling, sounds
+from ..host import judges, model_files, sound_pictures, sound_prompt, sound_sampling, sounds
 from ..host.queueing import refusal
 from ..sampling.multistep import METHODS, calls
 from ..sampling.sound_optimise import Terms, best
@@ -16,7 +16,7 @@ CaptionType = io.Custom("STORYWEFT_CAPTION")
 JudgeType = io.Custom("STORYWEFT_SOUND_JUDGE")
 OPTIMISE = "StoryweftSoundOptimise"
 
-judges.add_folder()
+model_files.add_folder(judges.FOLDER)
 
 
 def captions_of(captions, node_id: str) -> list[Caption]:
@@ -178,8 +178,8 @@ class LoadSoundJudge(io.ComfyNode):
                     "judge",
                     options=judges.names(),
                     default=judges.DEMO,
-                    tooltip="demo: the picture-book encoders. Files of models/sound_judges: AudioCLIP-Full-Training.pt as in the paper, "
-                    "or imagebind_huge.pth (non-commercial).",
+                    tooltip="demo: the picture-book encoders. Of models/sound_judges: AudioCLIP-Full-Training.pt as in the paper, "
+                    "imagebind_huge.pth (non-commercial), or the folder of a CLAP, which hears through words and needs a CLIP below.",
                 ),
                 io.Boolean.Input(
                     "authors_scale",
@@ -188,13 +188,20 @@ class LoadSoundJudge(io.ComfyNode):
                     tooltip="AudioCLIP: leave out the 16-bit range it was trained on, as the authors of the sound-to-image code do. "
                     "Sounds are then 85 dB too quiet for it.",
                 ),
+                io.Combo.Input(
+                    "caption_judge",
+                    options=[judges.SAME, *judges.names()[1:]],
+                    default=judges.SAME,
+                    tooltip="Who compares pictures with the caption. The paper takes a CLIP ViT-B/32: its folder or model.safetensors "
+                    "in models/sound_judges.",
+                ),
             ],
             outputs=[JudgeType.Output("judge", tooltip="For Sound Optimise.")],
         )
 
     @classmethod
-    def execute(cls, judge, authors_scale=False) -> io.NodeOutput:
-        return io.NodeOutput(judges.load(judge, authors_scale, "StoryweftLoadSoundJudge"))
+    def execute(cls, judge, authors_scale=False, caption_judge=judges.SAME) -> io.NodeOutput:
+        return io.NodeOutput(judges.load(judge, authors_scale, "StoryweftLoadSoundJudge", caption_judge))
 
 
 def check_gradient_calls(gradient_calls: int, method: str, steps: int) -> None:
@@ -263,6 +270,11 @@ class SoundOptimise(io.ComfyNode):
                     "scheduler", options=list(sound_sampling.SCHEDULERS), default="ddim_uniform", advanced=True,
                     tooltip="Noise levels of the steps.",
                 ),
+                io.Int.Input(
+                    "augment", default=0, min=0, max=64, advanced=True,
+                    tooltip="Crops of every picture, some of them mirrored, that are judged beside it, the same in every round. 0: the "
+                    "picture alone, as the authors' code does; the paper's figure shows augmentation.",
+                ),
                 io.Conditioning.Input("negative", optional=True, tooltip="What to avoid; without it the empty prompt."),
             ],
             outputs=[
@@ -282,7 +294,7 @@ class SoundOptimise(io.ComfyNode):
     def execute(
         cls, model, clip, vae, caption, audio, judge, width, height, start_noise, rounds, rate, steps, cfg,
         gradient_calls, rule, positional=True, strength=1.0, restore=RESTORED[0], keep_prompt=0.01, agree_caption=1.0,
-        agree_sound=0.9, method=METHODS[0], scheduler="ddim_uniform", negative=None,
+        agree_sound=0.9, method=METHODS[0], scheduler="ddim_uniform", augment=0, negative=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_gradient_calls(gradient_calls, method, steps)
         captions = captions_of(caption, OPTIMISE)
@@ -300,7 +312,7 @@ class SoundOptimise(io.ComfyNode):
         shape = sound_sampling.latent_shape(model, vae, width, height)
         chosen = sound_sampling.Settings(
             steps, method, scheduler, cfg, rounds, rate, gradient_calls or None,
-            Terms(keep_prompt, agree_caption, agree_sound), restore,
+            Terms(keep_prompt, agree_caption, agree_sound), restore, augment,
         )  # fmt: skip
         found = sound_sampling.run(
             model, vae, plain, negative, rows[0], judge, captions[0].text, (waves[0], sample_rate), shape, start_noise, chosen

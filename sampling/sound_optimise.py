@@ -15,6 +15,7 @@ from ..attention.sound import reweight
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 LARGEST = math.log(100)  # of the logarithm of a learned scale
+LEAST_CROP = 0.6  # of a picture's sides
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,25 @@ def prepare(picture: Tensor, size: int = 224) -> Tensor:
     """Pictures [n, 3, h, w] in [0, 1] as CLIP takes them: bilinear without antialiasing, CLIP's mean and deviation."""
     mean, std = (picture.new_tensor(x)[:, None, None] for x in (MEAN, STD))
     return (interpolate(picture, (size, size), mode="bilinear", antialias=False) - mean) / std
+
+
+def views(picture: Tensor, count: int, seed: int) -> Tensor:
+    """Pictures [n, 3, h, w], and after them `count` crops of each at their size, mirrored or not: [n (1 + count), 3, h, w].
+
+    The paper's figure shows augmentation before the two similarities, its code has none. A seed always draws the same crops,
+    so that rounds can be compared.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width = picture.shape[-2:]
+    found = [picture]
+    for share, down, right, turn in torch.rand(count, 4, generator=generator).tolist():
+        side = LEAST_CROP + (1 - LEAST_CROP) * share
+        h, w = max(1, round(side * height)), max(1, round(side * width))
+        top, left = round(down * (height - h)), round(right * (width - w))
+        part = picture[..., top : top + h, left : left + w]
+        part = interpolate(part, (height, width), mode="bilinear", antialias=False)
+        found.append(part.flip(-1) if turn < 0.5 else part)
+    return torch.cat(found)
 
 
 def spherical(a: Tensor, b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from storyweft.metrics.mapping import collapsed, diagnose
 from storyweft.models import act, act_frontend, audioclip, bind_network, imagebind, imagebind_frontend, sound_mapping
 from storyweft.models.joint_embedding import add, renormed, shift, slerp
 from storyweft.sampling.multistep import calls, walk
-from storyweft.sampling.sound_optimise import Terms, best, disagreement, optimise, spherical
+from storyweft.sampling.sound_optimise import Terms, best, disagreement, optimise, spherical, views
 from storyweft.story.heard import (
     Caption,
     group,
@@ -98,6 +98,7 @@ def test_nouns_of_the_built_in_list():
     caption = "a woman talks while a train's horn sounds near puppies, barking"
     assert [word for word in caption.split() if noun_probability(word)] == ["woman", "train's", "horn", "puppies,"]
     assert noun_probability("barks") == 0 and noun_probability("bark") == 1
+    assert noun_probability("BIRD,") == 1 and noun_probability("собака") == 0  # other languages weigh by what was heard alone
 
 
 def test_vocabulary_is_in_order_of_first_appearance(tmp_path):
@@ -247,8 +248,12 @@ def test_a_sound_embedding_is_the_mean_over_clips_in_any_order_and_of_any_batch(
     torch.testing.assert_close(network.encode_audio(clips.flip(1)), both)
     torch.testing.assert_close(torch.cat([network.encode_audio(clips[i : i + 1]) for i in range(2)]), both)
     assert (both.norm(dim=-1) < 20).all()
+    sizes, raw = [], network.raw
+    network.raw = lambda modality, x: sizes.append(len(x)) or raw(modality, x)
     same = network.encode_audio(clips[:, :1].expand(-1, 3, -1, -1, -1))
+    network.raw = raw
     torch.testing.assert_close(same.norm(dim=-1), torch.full((2,), 20.0))
+    assert sizes == [2]  # equal clips are computed once
     tokens = torch.randint(1, 48, (2, 77), generator=torch.Generator().manual_seed(0))
     tokens[:, 9] = 49
     assert network.encode_text(tokens).norm(dim=-1).tolist() == pytest.approx([100, 100], rel=1e-5)  # the scale is bounded
@@ -365,6 +370,26 @@ def test_distances_of_embeddings():
     assert spherical(3 * a, a).item() == 0
     assert disagreement(a, a, math.log(60)).item() == pytest.approx(0.4, abs=1e-6)
     assert disagreement(a, a, math.log(180)).item() == pytest.approx(0, abs=1e-6)  # the scale is bounded by 100
+
+
+def test_crops_are_judged_beside_the_picture_and_are_always_the_same():
+    picture = random(1, 3, 20, 30, seed=8).requires_grad_(True)
+    assert torch.equal(views(picture, 0, 5), picture)
+    found = views(picture, 6, 5)
+    assert found.shape == (7, 3, 20, 30) and torch.equal(found[:1], picture)
+    assert torch.equal(found, views(picture, 6, 5)) and not torch.equal(found, views(picture, 6, 4))
+    ramp = torch.linspace(0, 1, 30).expand(1, 3, 20, 30)
+    rises = [bool(one[0, 0, -1] > one[0, 0, 0]) for one in views(ramp, 20, 5)]
+    assert rises[0] and {*rises} == {True, False}
+    spans = [float(one.max() - one.min()) for one in views(ramp, 20, 5)]
+    assert 0.55 < min(spans) < 0.85 and max(spans) <= 1
+    found.sum().backward()
+    assert picture.grad.abs().min() > 0
+    goal = random(1, 4)
+    near, far = goal + 0.1, -goal
+    assert disagreement(torch.cat([near, far]), goal).item() == pytest.approx(
+        (disagreement(near, goal).item() + disagreement(far, goal).item()) / 2, abs=1e-6
+    )
 
 
 # mapping networks

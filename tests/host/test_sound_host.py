@@ -197,6 +197,10 @@ def test_a_folder_that_is_no_whisper_is_refused(folder):
     (folder / "other" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="N: other is no Whisper model"):
         captioners.load("other", "N")
+    whisper(folder / "mute")
+    (folder / "mute" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="N: mute holds no tokenizer"):
+        captioners.load("mute", "N")
 
 
 def test_core_models_that_cannot_hear_are_refused():
@@ -240,16 +244,16 @@ def test_a_tagger_is_read_by_place_and_pieces_of_a_word_together(folder):
     network = BertForTokenClassification(config)
     network.save_pretrained(folder / "tagger")
     caption = typed_caption("a man's dog, barks")
-    found = taggers.noun_probabilities(caption, "tagger", "N")
+    found = taggers.load("tagger", "N")(caption)
     with torch.no_grad():
         given = torch.tensor([[1, 3, 4, 5, 2, 6]])
         chances = network.train(False)(given).logits[0].softmax(-1)[:, [0, 2]].sum(-1).tolist()
     assert found == pytest.approx([chances[0], max(chances[1:4]), chances[4], chances[5]])
     network.config.id2label = {0: "X", 1: "Y"}
     network.config.save_pretrained(folder / "tagger")
-    assert taggers.names() == [taggers.BUILT_IN, "tagger"]
+    assert taggers.names() == [taggers.BUILT_IN, "flair", "nltk", "spaCy", "tagger"]
     with pytest.raises(ValueError, match="N: tagger 'none' is not in models/pos_taggers"):
-        taggers.noun_probabilities(caption, "none", "N")
+        taggers.load("none", "N")
 
 
 # words of prompts
@@ -379,7 +383,7 @@ class Judge:
     def text(self, caption):
         return self.goals[0]
 
-    def audio(self, wave, rate):
+    def audio(self, wave, rate, caption):
         return self.goals[1]
 
     def see(self, picture):
@@ -480,6 +484,33 @@ def test_a_gradient_of_few_calls_draws_the_same_first_picture(method):
     whole, one = (tuned(model, vae, method=method, last=last) for last in (None, 1))
     torch.testing.assert_close(one.latents[0], whole.latents[0])
     assert not torch.equal(one.rounds[1].prompt, whole.rounds[1].prompt)
+
+
+@pytest.mark.parametrize("last, most", [(None, 3.2), (1, 1.4)])
+def test_a_round_costs_few_forward_passes(last, most):
+    """Operations of one round over those of its model calls alone; with all gradients a call is made, made again and followed back."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, vae = tiny.build("sd15"), Vae()
+    positive, negative = prompts()
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(3.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "ddim_uniform", 8)
+    noise = torch.randn(1, 4, 8, 8)
+    with FlopCounterMode(display=False) as forward, torch.inference_mode():
+        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    with FlopCounterMode(display=False) as counter:
+        tuned(model, vae, steps=8, rounds=1, last=last)
+    assert counter.get_total_flops() <= most * forward.get_total_flops()
+
+
+def test_crops_change_what_is_judged_and_not_what_is_drawn():
+    model, vae = tiny.build("sd15"), Vae()
+    alone, cropped, again = (tuned(model, vae, augment=count, rounds=2) for count in (0, 3, 3))
+    torch.testing.assert_close(cropped.latents[0], alone.latents[0])
+    assert cropped.rounds[0].loss != alone.rounds[0].loss
+    assert [one.loss for one in cropped.rounds] == [one.loss for one in again.rounds]
 
 
 def test_the_first_round_is_what_the_sampler_draws():

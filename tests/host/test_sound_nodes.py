@@ -1,6 +1,7 @@
 """Sound nodes on the demo models: from a sound to a picture, tuned weights, vectors, and what is refused."""
 
 import gc
+import types
 
 import comfy.clip_vision
 import pytest
@@ -72,6 +73,12 @@ def test_one_sample_is_heard_and_silence_is_told():
         sound.AudioCaption.execute({"waveform": torch.zeros(1, 1, 9), "sample_rate": 16000}, "demo")
     with pytest.raises(ValueError, match="StoryweftAudioCaption: captioner is .* and clip is not connected"):
         sound.AudioCaption.execute(one, sound.CORE)
+
+
+def test_a_captioner_without_words_is_told(monkeypatch, owl):
+    monkeypatch.setattr(sound.captioners.Act, "caption", lambda self, window, asked: ([], []))
+    with pytest.raises(ValueError, match="StoryweftAudioCaption: the captioner has no words for sound 1 of audio"):
+        sound.AudioCaption.execute(owl, "demo")
 
 
 def test_a_sound_becomes_a_picture(loaded, heard):
@@ -247,6 +254,9 @@ def test_what_cannot_be_encoded_is_refused(encoder, owl):
         encode(encoder, text=" \n ")
     with pytest.raises(ValueError, match="audio and image are both connected"):
         encode(encoder, audio=owl, image=torch.rand(1, 8, 8, 3))
+    broken = types.SimpleNamespace(space="demo", text=lambda lines: torch.full((1, 96), float("nan")))
+    with pytest.raises(ValueError, match="StoryweftJointEncode: the embedding of text holds no numbers"):
+        encode(broken, text="an owl")
     with pytest.raises(ValueError, match="StoryweftLoadJointEncoder: ImageBind is CC BY-NC-SA 4.0"):
         sound_joint.LoadJointEncoder.execute("imagebind_huge.pth")
 
@@ -282,12 +292,25 @@ def test_imagebind_goes_into_an_unclip_model(owl):
         sound_joint.EmbeddingToVision.execute(Embedding(torch.ones(1, 768), "audio", "ImageBind"))
 
 
+def test_only_an_unclip_model_of_the_embeddings_width_takes_it():
+    """unCLIP-h has 2048 numbers, of 1024 and as many for the noise level; unCLIP-l has 1536 of 768."""
+
+    def model(takes, **parts):
+        config = types.SimpleNamespace(unet_config={"adm_in_channels": takes})
+        return types.SimpleNamespace(model=types.SimpleNamespace(model_config=config, **parts))
+
+    joint.check_unclip(model(2048, noise_augmentor=None), 1024, "N")
+    for wrong in (model(1536, noise_augmentor=None), model(2048), model(None)):
+        with pytest.raises(ValueError, match="N: the model .* takes no image embeddings of 1024; load the unCLIP model sd21-unclip-h"):
+            joint.check_unclip(wrong, 1024, "N")
+
+
 def test_imagebind_judges_pictures_with_a_gradient(owl):
     with torch.inference_mode(False):
         judge = judges.ImageBindJudge(imagebind_towers(imagebind.MODALITIES))
     picture = torch.rand(1, 3, 32, 32, requires_grad=True)
     seen, _ = judge.see(picture)
-    (seen * judge.audio(owl["waveform"][0, 0], owl["sample_rate"])).sum().backward()
+    (seen * judge.audio(owl["waveform"][0, 0], owl["sample_rate"], "an owl")).sum().backward()
     assert picture.grad.abs().sum() > 0 and judge.text("an owl").shape == (1, 1024)
 
 

@@ -99,7 +99,9 @@ def sound_optimise() -> tuple[dict, str]:
     loader = graph.add("StoryweftDemoLoader", "Demo Loader")
     sound = _sound(graph, "Sound", "elephant", "beach")
     _, nouns = _heard(graph, sound())
-    judge = graph.add("StoryweftLoadSoundJudge", "Load Sound Judge", judge="demo", authors_scale=False)
+    judge = graph.add(
+        "StoryweftLoadSoundJudge", "Load Sound Judge", judge="demo", authors_scale=False, caption_judge="the judge itself"
+    )
     tuned = graph.add(
         "StoryweftSoundOptimise",
         "Sound Optimise",
@@ -124,6 +126,7 @@ def sound_optimise() -> tuple[dict, str]:
         agree_sound=0.9,
         method="ddim",
         scheduler="normal",
+        augment=0,
     )
     larger = graph.add("ImageScaleBy", "Larger", image=tuned(2), upscale_method="lanczos", scale_by=2.0)
     graph.add("SaveImage", "Every round", images=larger(), filename_prefix="storyweft/sound_optimise_rounds")
@@ -133,8 +136,8 @@ def sound_optimise() -> tuple[dict, str]:
         "## Sound optimise\nThe second stage of the paper: the same noise is drawn again and again while the "
         "weights of the prompt's rows are tuned, until the picture agrees with the caption and with the sound. "
         "**Every round** shows the pictures, **Losses** their three parts.\n\nReal models: "
-        "`AudioCLIP-Full-Training.pt` in `models/sound_judges`, SD1.5 at 512 px, PLMS, 40 steps, cfg 7.5, rate "
-        "0.01, keep_prompt 0.01, restore mean. A gradient of all calls costs three pictures a round, "
+        "`AudioCLIP-Full-Training.pt` and, as caption_judge, CLIP ViT-B/32 in `models/sound_judges`, SD1.5 at 512 px, "
+        "PLMS, 40 steps, cfg 7.5, rate 0.01, keep_prompt 0.01, restore mean. A gradient of all calls costs three pictures a round, "
         "gradient_calls 1 little more than one."
     )
 
