@@ -195,6 +195,62 @@ ERROR_HEAD = [
 ]
 
 
+@torch.no_grad()
+def followed(model, reader, clips: Clips, count: int, t: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """By half and group: how often the clean estimate at time t of clips beside another clip's half is read as its own
+    clip is, and as the other is; only clips that differ count."""
+    generator, a = torch.Generator().manual_seed(2), ALPHAS[t].float()
+    clean = clips.video[:count], clips.audio[:count].roll(1, 0)
+    noises = [torch.randn(half.shape, generator=generator) for half in clean]
+    noisy = [a.sqrt() * half + (1 - a).sqrt() * noise for half, noise in zip(clean, noises, strict=True)]
+    parts = [
+        model(v, s, torch.full((len(v),), t), shifts=RandomShifts((t, number)))
+        for number, (v, s) in enumerate(zip(*(half.split(8) for half in noisy), strict=True))
+    ]
+    x = clean_estimate(packed(*noisy), packed(*(torch.cat(half) for half in zip(*parts, strict=True))), a)
+    (video, audio), (true_video, true_audio) = clips.seen(x), clips.seen(packed(*clean))
+    of_pictures, of_sound = facts.read_pictures(reader, true_video), facts.read_sounds(reader, true_audio)
+    found = {}
+    for half, made in (("pictures", facts.read_pictures(reader, video)), ("sound", facts.read_sounds(reader, audio))):
+        own, other = (of_pictures, of_sound) if half == "pictures" else (of_sound, of_pictures)
+        for group in reader.labels:
+            apart = [n for n in range(count) if own[n][group] != other[n][group]]
+            found[half, group] = tuple(
+                float(np.mean([made[n][group] == whose[n][group] for n in apart])) for whose in (own, other)
+            )
+    return found
+
+
+def followed_lines(model, reader, clips: Clips, count: int) -> list[str]:
+    lines = [
+        "## Which half follows which",
+        "",
+        f"{count} clips whose pictures stand beside the sound of another clip, both at one time t. The model's clean estimate of a half",
+        "is read by the classifiers: as what the half itself was before the noise / as what the other half was. Only clips of which the",
+        "two differ count.",
+        "",
+        "| t | pictures: kind own / sound's | place own / sound's | sound: kind own / pictures' | place own / pictures' |",
+        "|---|---|---|---|---|",
+    ]
+    for t in (900, 800, 700, 600, 500, 400, 300, 200, 100):
+        found = followed(model, reader, clips, count, t)
+        shares = [found[half, group] for half in ("pictures", "sound") for group in ("kind", "place")]
+        lines.append(f"| {t} | " + " | ".join(f"{own:.2f} / {other:.2f}" for own, other in shares) + " |")
+    return [*lines, *FOLLOWING]
+
+
+FOLLOWING = [
+    "",
+    "This is why replacement gives the sound of a video and no video of a sound. A picture spreads one colour over thousands of pixels, so "
+    "its kind and place can be read at noise (t = 700 and above) in which no sound can be heard: from t = 600 on the sound's estimate is "
+    "read as the pictures' clip, and only below 300 as its own. In sampling the pictures are settled before the sound says anything, and "
+    "the model has had no reason to learn that way. More training of the same kind would not change it. Pictures drawn smaller against "
+    "their noise (`training.joint_unet --video-scale`) would be settled later; at 0.25, 405 steps of 4 clips gone on from the released "
+    "file, they did not listen yet (error beside their own sound and another's equal to three digits at every t after 215 steps), so the "
+    "released model stays as it was.",
+]
+
+
 ABLATION = [
     "How to read it. Each was trained from nothing at the options of the released model, `python -m training.joint_unet --name "
     "ablation_random --steps 300 --minutes 0 --warmup 30 --clips 1200 --average 0.98 --video-scale 1 --folder FOLDER`, `ablation_off` with `--shift off`, "
@@ -279,6 +335,7 @@ def main() -> None:
     sheet(clips, made, args).save(pack.ROOT / "docs" / "joint_av_effects.jpg", quality=70)
     lines = report(args, metadata, reader_facts, rows)
     lines += [*ERROR_HEAD, *error_lines("released model", noise_errors(model, clips, 64, True)), ""]
+    lines += followed_lines(model, reader, clips, 48)
     written("joint_av_effects.md", lines)
 
 
