@@ -168,6 +168,14 @@ def interval(values) -> str:
     return f"{values.mean():.2f} ({low:.2f}-{high:.2f})"
 
 
+def compared(words: str, before, after) -> str:
+    """A line that says whether `after` is larger than `before`, pair by pair, by more than two standard errors."""
+    gain = np.array(after, float) - np.array(before, float)
+    sure = gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+    verdict = "reached" if sure else "not shown (within two standard errors)" if gain.mean() > 0 else "MISSED"
+    return f"- {verdict}: {words}: {np.mean(before):.2f} -> {np.mean(after):.2f}"
+
+
 def table(results: dict[str, list[dict[str, float]]]) -> list[str]:
     columns = {
         "same_identity": "same identity",

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from . import pack
+from .effects import compared
 
 from storyweft.host import demo, motion  # isort: skip
 from storyweft.host.image_adapter import load_demo as demo_adapter  # isort: skip
@@ -131,37 +132,26 @@ def report(scores: dict[str, list[dict]], args, studio: Studio) -> str:
         f"- On held-out clips the predictor's error on middle frames is {ratio} of the interpolation's.",
         f"- CLIP vision, prediction and tokens of a clip together take {100 * share:.1f} % of its sampling time ({args.steps} steps).",
     ]
+
+    def aim(words: str, name: str, way: str, sign: float = 1) -> str:
+        before, after = ([sign * one[name] for one in scores[key]] for key in (way, PREDICTED))
+        return compared(words, before, after)
+
+    lines += [
+        aim("predicted frames keep the pictures' colour better than no condition", "colour", NONE),
+        aim("predicted frames keep the pictures' hat better than no condition", "hat", NONE),
+        aim("predicted frames keep colour better than interpolated embeddings", "colour", TRAINED),
+        aim("the character is nearer to its true place than without condition (minus the error)", "path", NONE, -1),
+        aim("frames are nearer to the true ones than a linear blend (minus the distance)", "distance", BLEND, -1),
+    ]
     lines += [
         f"- {'reached' if ok else 'MISSED'}: {words}"
         for ok, words in (
-            (
-                mean[PREDICTED]["colour"] > mean[NONE]["colour"],
-                "predicted frames keep the pictures' colour better than no condition",
-            ),
-            (
-                mean[PREDICTED]["hat"] > mean[NONE]["hat"],
-                "predicted frames keep the pictures' hat better than no condition",
-            ),
-            (
-                mean[PREDICTED]["colour"] > mean[TRAINED]["colour"],
-                "predicted frames keep colour better than interpolated embeddings",
-            ),
-            (
-                mean[PREDICTED]["path"] < mean[NONE]["path"],
-                "the character is nearer to its true place than without condition",
-            ),
-            (
-                mean[PREDICTED]["distance"] < mean[BLEND]["distance"],
-                "frames are nearer to the true ones than a linear blend",
-            ),
             (mean[PREDICTED]["ends"] < 1, "first and last frame are kept"),
             (share < 0.01, "the predictor takes less than 1 % of sampling time"),
         )
     ]
     lines += [
-        "",
-        "Differences smaller than two standard errors say nothing, whatever the lines above call them; adapter and predictor are",
-        "undertrained (weights/README.md). More clips: `--clips`, more steps: `--steps`.",
         "",
         "The embedding of the demo encoder says who is in a picture and not where: a linear probe of it (200 clips to learn from, 50",
         "to test) explains nothing of the character's place. So no predictor of such embeddings can steer the path in this world;",
