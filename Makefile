@@ -28,7 +28,7 @@ test: env chromium
 
 effects: env
 	for report in effects style_effects box_effects box_video_effects board_effects board_trained_effects subject_effects \
-	    magdiff_effects motion_effects story_gen_effects sound_effects joint_av_effects video; do \
+	    magdiff_effects motion_effects story_gen_effects sound_effects sound_noisy_effects joint_av_effects video; do \
 	    $(RUN) -m benchmarks.$$report || exit 1; done
 
 bench: env
