@@ -253,7 +253,7 @@ FOLLOWING = [
 
 ABLATION = [
     "How to read it. Each was trained from nothing at the options of the released model, `python -m training.joint_unet --name "
-    "ablation_random --steps 300 --minutes 0 --warmup 30 --clips 1200 --average 0.98 --video-scale 1 --folder FOLDER`, "
+    "ablation_random --steps 300 --minutes 0 --warmup 30 --clips 1200 --average 0.98 --folder FOLDER`, "
     "`ablation_off` with `--shift off`, `ablation_full` with `--shift off --windows 16 16`. After 1,200 clips windows are ahead of full "
     "attention in both halves and take "
     "less time a step; shift and no shift differ by less than 2 % in opposite directions, and none of the three hears or sees the "

@@ -5,10 +5,10 @@ drawn. `accelerate launch` in place of `python` trains on several GPUs or machin
 both halves at one time, with a shift drawn for every cross-modal block at every step. `--weight-video C` and
 `--weight-audio C` (0: as the paper) multiply a half's loss by min(1, C / SNR), scaled to mean 1 over all times, which
 spends less on small noise (min-SNR, arXiv 2303.09556): a short training has to learn what is seen and heard first.
-`--video-scale` multiplies the pictures (arXiv 2301.10972), so that noise settles them no earlier than their sound.
+`--video-scale` multiplies the pictures (arXiv 2301.10972), for worlds whose pictures are settled long before their sound.
 The published model: --frames 16 --size 64 --sound-rate 16000 --channels 128
 --mult 1 2 3 4 --blocks 2 --cross 2 4 8 --windows 1 4 8 --attention 2 4 8 --head-channels 64 --groups 32
---weight-video 0 --weight-audio 0 --video-scale 1 --rate 1e-4 --batch 128.
+--weight-video 0 --weight-audio 0 --rate 1e-4 --batch 128.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--shift", default="random", choices=("random", "off"), help="shift of the cross-modal windows")
     add("--weight-video", type=float, default=0.005, help="C of the weight on the loss of pictures, 0: none")
     add("--weight-audio", type=float, default=0.03, help="C of the weight on the loss of sound, 0: none")
-    add("--video-scale", type=float, default=0.25, help="what pictures in -1..1 are multiplied by")
+    add("--video-scale", type=float, default=1.0, help="what pictures in -1..1 are multiplied by")
     add("--dropout", type=float, default=0.0)
     add("--shown", type=int, default=6, help="clips of the sample sheet")
     add("--shown-steps", type=int, default=25, help="DDIM steps of the sample sheet")
