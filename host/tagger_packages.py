@@ -1,12 +1,12 @@
-"""Taggers of packages that the pack does not bring: flair (the paper's), nltk, spaCy; each imported when it is chosen.
+"""Taggers of packages that the pack does not bring: nltk and spaCy; each imported when it is chosen.
 
-All tag with Penn's classes, of which NN and NNS count. flair gives probabilities; nltk and spaCy give tags, read as 1 and 0.
+Both tag with Penn's classes, of which NN and NNS count, read as 1 and 0. flair, the paper's tagger, is not among them: its
+models are pickles that hold more than weights.
 """
 
 from collections.abc import Callable
 
 NOUNS = ("NN", "NNS")
-FLAIR_MODEL = "flair/pos-english"
 NLTK_DATA = "averaged_perceptron_tagger_eng"
 Pieces = Callable[[str], list[tuple[int, int, float]]]  # text -> (begin, end, noun probability) of its tokens
 
@@ -20,29 +20,6 @@ def load(name: str, node_id: str) -> Pieces:
             f"{node_id}: tagger is '{name}', which is not installed here ({error}); run `pip install {name.lower()}` with ComfyUI's "
             "Python or choose the built-in word list."
         ) from error
-
-
-def flair(node_id: str) -> Pieces:
-    """flair loads its model itself, from its cache or else from the network, and as a pickle: the node's tooltip says so."""
-    from flair.data import Sentence
-    from flair.models import SequenceTagger
-
-    try:
-        tagger = SequenceTagger.load(FLAIR_MODEL)
-    except OSError as error:
-        raise ValueError(f"{node_id}: flair finds no model '{FLAIR_MODEL}' in its cache and cannot fetch it.") from error
-
-    def pieces(text: str) -> list[tuple[int, int, float]]:
-        sentence = Sentence(text)
-        tagger.predict(sentence, return_probabilities_for_all_classes=True)
-        found = []
-        for token in sentence:
-            chances = token.get_tags_proba_dist(tagger.label_type)
-            noun = sum(one.score for one in chances if one.value in NOUNS)
-            found.append((token.start_position, token.end_position, float(noun)))
-        return found
-
-    return pieces
 
 
 def nltk(node_id: str) -> Pieces:
@@ -82,4 +59,4 @@ def spacy(node_id: str) -> Pieces:
     return pieces
 
 
-PACKAGES = {"flair": flair, "nltk": nltk, "spaCy": spacy}
+PACKAGES = {"nltk": nltk, "spaCy": spacy}

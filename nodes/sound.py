@@ -241,8 +241,8 @@ class SentenceAttention(io.ComfyNode):
                     "tagger",
                     options=taggers.names(),
                     default=taggers.BUILT_IN,
-                    tooltip="The built-in list of nouns says 0 or 1 and needs nothing. flair (the paper's; it opens its own model file as "
-                    "a pickle), nltk and spaCy work where they are installed. Folders of models/pos_taggers: token classification models "
+                    tooltip="The built-in list of nouns says 0 or 1 and needs nothing. nltk and spaCy work where they "
+                    "are installed. Folders of models/pos_taggers: token classification models "
                     "with Penn (NN, NNS) or universal tags (NOUN, PROPN) give probabilities.",
                 ),
             ],

@@ -25,8 +25,7 @@ ALLOWED = {
         "numpy",
         "av",
         "transformers",
-        "flair",  # taggers that a user may have installed
-        "nltk",
+        "nltk",  # taggers that a user may have installed
         "spacy",
         "attention",
         "sampling",

@@ -251,7 +251,7 @@ def test_a_tagger_is_read_by_place_and_pieces_of_a_word_together(folder):
     assert found == pytest.approx([chances[0], max(chances[1:4]), chances[4], chances[5]])
     network.config.id2label = {0: "X", 1: "Y"}
     network.config.save_pretrained(folder / "tagger")
-    assert taggers.names() == [taggers.BUILT_IN, "flair", "nltk", "spaCy", "tagger"]
+    assert taggers.names() == [taggers.BUILT_IN, "nltk", "spaCy", "tagger"]
     with pytest.raises(ValueError, match="N: tagger 'none' is not in models/pos_taggers"):
         taggers.load("none", "N")
 

@@ -2,7 +2,6 @@
 
 import sys
 import types
-from dataclasses import dataclass
 
 import pytest
 from storyweft.host import tagger_packages, taggers
@@ -29,45 +28,6 @@ def module(monkeypatch, name, **parts):
     for key, value in parts.items():
         setattr(sys.modules[name], key, value)
     return sys.modules[name]
-
-
-@dataclass
-class Label:
-    value: str
-    score: float
-
-
-def fake_flair(monkeypatch):
-    chances = {"man": [Label("NN", 0.6), Label("NNS", 0.3), Label("VB", 0.1)], "dog": [Label("NN", 0.8), Label("NNP", 0.2)]}
-
-    class Token:
-        def __init__(self, text, begin, end):
-            self.text, self.start_position, self.end_position = text, begin, end
-
-        def get_tags_proba_dist(self, kind):
-            return chances.get(self.text, [Label("NNP", 1.0)]) if kind == "pos" and self.tagged else []
-
-    def predict(sentence, return_probabilities_for_all_classes):
-        for token in sentence:
-            token.tagged = return_probabilities_for_all_classes
-
-    def load(name):
-        if name != "flair/pos-english":
-            raise FileNotFoundError(name)
-        return types.SimpleNamespace(label_type="pos", predict=predict)
-
-    module(monkeypatch, "flair")
-    module(monkeypatch, "flair.data", Sentence=lambda text: [Token(*one) for one in tokens(text)])
-    return module(monkeypatch, "flair.models", SequenceTagger=types.SimpleNamespace(load=load))
-
-
-def test_flair_gives_probabilities_of_common_nouns(monkeypatch):
-    fake_flair(monkeypatch)
-    found = taggers.load("flair", "N")(CAPTION)
-    assert found == pytest.approx([0, 0.9, 0.8, 0, 0, 0, 0])
-    monkeypatch.setattr(tagger_packages, "FLAIR_MODEL", "gone")
-    with pytest.raises(ValueError, match="N: flair finds no model 'gone' in its cache and cannot fetch it"):
-        taggers.load("flair", "N")
 
 
 def fake_nltk(monkeypatch, tags):
@@ -125,7 +85,7 @@ def test_spacy_takes_the_english_pipeline_that_is_installed(monkeypatch):
 
 @pytest.mark.parametrize("name", tagger_packages.PACKAGES)
 def test_a_package_that_is_not_installed_is_named(monkeypatch, name):
-    for part in (name.lower(), "flair.data", "flair.models", "nltk.tokenize"):
+    for part in (name.lower(), "nltk.tokenize"):
         monkeypatch.setitem(sys.modules, part, None)
     with pytest.raises(ValueError, match=f"StoryweftSentenceAttention: tagger is '{name}', which is not installed here .*pip install"):
         sound.SentenceAttention.execute([CAPTION], name)
