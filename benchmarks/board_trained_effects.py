@@ -89,6 +89,7 @@ def report(args, results: dict, metadata: dict) -> list[str]:
     for task in TASKS:
         for name, words in (
             ("kind", "the character is what the caption says"),
+            ("place", "the place is what the caption says"),
             ("same_colour", "frames agree in colour"),
         ):
             before, after = (rows_of(task, way, name) for way in (FREE, TRAINED))

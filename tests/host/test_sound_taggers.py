@@ -97,15 +97,3 @@ def test_the_built_in_list_needs_none_of_them(monkeypatch):
     made, report = sound.SentenceAttention.execute([CAPTION], taggers.BUILT_IN).args
     assert made[0].nouns == (0, 1, 1, 0, 0, 0, 1) and "noun 1.00" in report
     assert sound.SentenceAttention.GET_SCHEMA().inputs[1].default == taggers.BUILT_IN
-
-
-def test_real_spacy_by_rules(monkeypatch):
-    """Where spaCy is installed: a pipeline of its tokenizer and rules, without a model."""
-    spacy = pytest.importorskip("spacy")
-    pipeline = spacy.blank("en")
-    ruler = pipeline.add_pipe("attribute_ruler")
-    for word, tag in {"man": "NN", "dog": "NN", "trains": "NNS"}.items():
-        ruler.add([[{"LOWER": word}]], {"TAG": tag})
-    monkeypatch.setattr(spacy.util, "get_installed_models", lambda: ["en_rules"])
-    monkeypatch.setattr(spacy, "load", lambda name: pipeline)
-    assert taggers.load("spaCy", "N")(CAPTION) == [0, 1, 1, 0, 0, 0, 1]
