@@ -42,13 +42,11 @@ SETTINGS = {
 }
 
 READING = (
-    "What it says (written after the run whose numbers stand above). The captioner is only a little less sure where it is wrong, and",
-    "never wrong about the place. The demo model draws the kind that the caption names, right or wrong: scaling its rows by what was",
-    "heard changes no fact of any picture and no mean probability by more than 0.01, since a caption names one kind and nothing in the",
+    "How to read it. The captioner is only a little less sure where it is wrong. The demo model draws the kind that the caption names,",
+    "right or wrong: scaling its rows by what was heard changes next to nothing, since a caption names one kind and nothing in the",
     "prompt competes with it. The aim of a gain by attention is MISSED on hard sounds too, and not because captions leave no room.",
-    "Where two kinds do stand in the prompt the surer one wins more often than not: over both orders it is the likelier of the two in",
-    "75 % of new pairs and 72 % of those of sound.md, and exchanging the probabilities moves the share by half. sound.md counts one order",
-    "a pair and the likeliest of all eight kinds, and sees 0.56 to 0.62.",
+    "Where two kinds do stand in the prompt, the mean of first column and one minus the second is how often the surer one is the",
+    "likelier of the two. sound.md counts one order a pair and the likeliest of all eight kinds, which is stricter.",
     "Optimisation lowers its loss on new sounds as much as on those it was set up with, and changes hardly any fact.",
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.json", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder as transformers writes it
 
 

@@ -23,8 +23,11 @@ def load(name: str, node_id: str) -> Pieces:
 
 
 def nltk(node_id: str) -> Pieces:
-    from nltk import pos_tag
+    from nltk import __version__, pos_tag
     from nltk.tokenize import TreebankWordTokenizer
+
+    if tuple(map(int, __version__.split(".")[:2])) < (3, 9):  # its tagger was a pickle
+        raise ValueError(f"{node_id}: tagger is 'nltk', version {__version__}; give 3.9 or newer.")
 
     def pieces(text: str) -> list[tuple[int, int, float]]:
         places = list(TreebankWordTokenizer().span_tokenize(text))

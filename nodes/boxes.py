@@ -277,7 +277,9 @@ def _read(boxes, width, height, images, latent) -> None:
 
 
 def _track(boxes, frames, width, height, interpolation, images, latent, bounding_boxes, mask, tracks, paths) -> None:
-    """Asked where the typed boxes are the only ones."""
+    """Asked where no object comes from a link; what comes from literals of other inputs is read in the run."""
+    if any(one is not None for one in (bounding_boxes, mask, tracks, paths)):
+        return
     plan, _ = _typed(boxes, _size(width, height, images, latent))
     _told("boxes", make_track, plan, _count(frames, images, latent), interpolation)
 

@@ -192,6 +192,7 @@ class LoadSoundJudge(io.ComfyNode):
                     "caption_judge",
                     options=[judges.SAME, *judges.names()[1:]],
                     default=judges.SAME,
+                    optional=True,
                     tooltip="Who compares pictures with the caption. The paper takes a CLIP ViT-B/32: its folder or model.safetensors "
                     "in models/sound_judges.",
                 ),
@@ -271,7 +272,7 @@ class SoundOptimise(io.ComfyNode):
                     tooltip="Noise levels of the steps.",
                 ),
                 io.Int.Input(
-                    "augment", default=0, min=0, max=64, advanced=True,
+                    "augment", default=0, min=0, max=64, optional=True, advanced=True,
                     tooltip="Crops of every picture, some of them mirrored, that are judged beside it, the same in every round. 0: the "
                     "picture alone, as the authors' code does; the paper's figure shows augmentation.",
                 ),

@@ -82,7 +82,9 @@ class StoryGenWeightsNode(io.ComfyNode):
         if weights_name == DEMO:
             return io.NodeOutput(weights.add_demo(model, ADD_ID))
         state, metadata = weights.read(folder_paths.get_full_path_or_raise(FOLDER, weights_name), ADD_ID)
-        if "base" not in metadata:  # the pack's trainer names the checkpoint that it trained for
+        if base := metadata.get("base"):  # the pack's trainer names the checkpoint that it trained for
+            logging.info("%s: %s was trained for the checkpoint of SHA-256 %s and for no other.", ADD_ID, weights_name, base)
+        else:
             logging.warning("%s: %s was not trained with this model; what it draws is an experiment.", ADD_ID, weights_name)
         return io.NodeOutput(weights.add(model, state, metadata, weights_name, ADD_ID))
 

@@ -144,6 +144,8 @@ def test_video_scale_makes_the_pictures_smaller_and_the_file_says_so(videos, tmp
     assert torch.equal(scaled.task.halves(index)[0] * 4, whole.task.halves(index)[0])
     assert torch.equal(scaled.task.halves(index)[1], whole.task.halves(index)[1])
     assert scaled.task.config["video_scale"] == 0.25
+    with pytest.raises(SystemExit):
+        joint_unet.parsed(["--video-scale", "2"])
 
 
 def test_start_goes_on_from_the_weights_of_a_file(videos, tmp_path):

@@ -261,7 +261,7 @@ def main() -> None:
     feature = adapter.image_proj.feature
     check_features(LoadedAdapter(args.name, adapter), encoder(torch.zeros(1, 3, 64, 64), feature), "--encoder")
     if args.pictures:
-        source = f"{kept.mark(args.pictures)}_{args.side}_{feature}_{encoder.name}"
+        source = f"{kept.mark(args.pictures)}_{args.side}_{feature}_{encoder.hash[:12]}"
         found = kept.kept(
             Path(args.folder) / f"adapter_data_{base.hash[:12]}_{source}.pt",
             lambda: folder_data(args, base, encoder, feature),

@@ -204,7 +204,10 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--dropout", type=float, default=0.0)
     add("--shown", type=int, default=6, help="clips of the sample sheet")
     add("--shown-steps", type=int, default=25, help="DDIM steps of the sample sheet")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if not 0 < args.video_scale <= 1:
+        parser.error(f"--video-scale is {args.video_scale:g}; it must be above 0 and at most 1, the clip of clean estimates")
+    return args
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Data that trainers make once and keep in their folder: latents and embeddings of pictures."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,5 +23,7 @@ def kept(path: Path, make: Callable):
         return torch.load(path, weights_only=True)
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(made, path)
+    part = path.with_suffix(f".{os.getpid()}.part")  # several processes may make it at once, and any may be stopped
+    torch.save(made, part)
+    os.replace(part, path)
     return made

@@ -72,7 +72,7 @@ def file_hash(path: str | Path) -> str:
 def checksums(folder: Path) -> None:
     """Write SHA256SUMS of every weight file of the folder, in the form that sha256sum -c reads."""
     lines = [f"{file_hash(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
-    part = folder / "SHA256SUMS.part"
+    part = folder / f"SHA256SUMS.{os.getpid()}.part"
     part.write_text("".join(lines))
     os.replace(part, folder / "SHA256SUMS")
 
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--save-minutes", type=float, default=5, help="time from one checkpoint to the next")
     add("--show-minutes", type=float, default=15, help="time from one sheet of samples to the next")
     add("--cpu", action="store_true", help="train on the CPU although there is a GPU")
-    add("--dry-run", action="store_true", help="check data, predict memory and time; train and write nothing")
+    add("--dry-run", action="store_true", help="check data, predict memory and time; train nothing and write no more than prepared data")
     parser.set_defaults(**defaults)
 
 

@@ -184,12 +184,12 @@ def found_data(args, base: PictureModel, encoder: PictureEncoder, feature: str) 
     """The same of the options' subjects, kept in the folder, with how many are held out and which files were left out."""
     if args.subjects:
         subjects = SubjectFolder(args.subjects, args.side, args.frames, args.fps)
-        source = f"{kept.mark(args.subjects)}_{args.frames}_{args.fps}_{args.side}_{feature}_{encoder.name}"
+        source = f"{kept.mark(args.subjects)}_{args.frames}_{args.fps}_{args.side}"
         more = {"held": held_out(len(subjects), HELD_OUT), "left_out": subjects.left_out}
     else:
         subjects = (drawn(np.random.default_rng((args.seed, index))) for index in range(args.count + HELD_OUT))
         source, more = f"{args.seed}_{args.count}", {"held": HELD_OUT, "left_out": []}
-    path = Path(args.folder) / f"magdiff_data_{base.hash[:12]}_{source}.pt"
+    path = Path(args.folder) / f"magdiff_data_{base.hash[:12]}_{encoder.hash[:12]}_{feature}_{source}.pt"
     return kept.kept(path, lambda: data(subjects, base, encoder, feature)) | more
 
 

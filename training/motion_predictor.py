@@ -58,7 +58,7 @@ def video_model(args) -> tuple[PictureModel | None, PictureEncoder]:
     base = VideoModel(args.checkpoint.stem, args.checkpoint, model, None, vae)
     if vae is None or (vision is None and args.encoder is None):
         raise ValueError(f"{args.checkpoint} holds no {'VAE' if vae is None else 'CLIP vision; give --encoder'}")
-    return base, chosen_encoder(args.encoder, args.weights) if args.encoder else PictureEncoder(vision)
+    return base, chosen_encoder(args.encoder, args.weights) if args.encoder else PictureEncoder(vision, args.checkpoint)
 
 
 def data(args, base: PictureModel | None, encoder: PictureEncoder) -> dict:
@@ -81,7 +81,7 @@ def data(args, base: PictureModel | None, encoder: PictureEncoder) -> dict:
 def kept_data(args, base: PictureModel | None, encoder: PictureEncoder) -> dict:
     source = kept.mark(args.videos) if args.videos else f"demo_{args.seed}_{args.clips}"
     through = base.hash[:12] if base is not None else "embeddings"
-    settings = f"{encoder.name}_{args.frames}_{args.fps}_{args.side}"
+    settings = f"{encoder.hash[:12]}_{args.frames}_{args.fps}_{args.side}"
     found = kept.kept(Path(args.folder) / f"motion_data_{through}_{source}_{settings}.pt", lambda: data(args, base, encoder))
     print("\n".join(["left out:", *found["left_out"]] if found["left_out"] else [f"{len(found['found'])} clips"]), flush=True)
     if len(found["found"]) < 2:

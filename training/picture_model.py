@@ -123,10 +123,14 @@ class PictureModel:
 
 
 class PictureEncoder:
-    """A CLIP vision model as the nodes use it; name: what predictor files call it."""
+    """A CLIP vision model as the nodes use it; name: what predictor files call it, source: its file."""
 
-    def __init__(self, model):
-        self.model, self.name, self.size = model, encoder_name(model), model.image_size
+    def __init__(self, model, source: Path):
+        self.model, self.source, self.name, self.size = model, source, encoder_name(model), model.image_size
+
+    @functools.cached_property
+    def hash(self) -> str:
+        return loop.file_hash(self.source)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, feature: str = "pooled") -> Tensor:
@@ -165,8 +169,8 @@ def chosen(args, video: bool = False) -> PictureModel:
 def chosen_encoder(path: Path | None, weights: Path) -> PictureEncoder:
     """The CLIP vision model of a file, else the demo's. Raises ValueError for a file that is none."""
     if path is None:
-        return PictureEncoder(demo.load_clip_vision(weights))
+        return PictureEncoder(demo.load_clip_vision(weights), weights / "clip.safetensors")
     model = comfy.clip_vision.load(str(path)) if path.is_file() else None
     if model is None:
         raise ValueError(f"--encoder is {path} and there is no CLIP vision model")
-    return PictureEncoder(model)
+    return PictureEncoder(model, path)

@@ -1,6 +1,6 @@
 """Reads a folder of captions with sounds and pictures: their embeddings in one space and the prompts of a text encoder of core.
 
-The one trainer module that uses `host`: pictures and texts must reach the encoder as the nodes bring them.
+Uses `host`, as picture_model does for the trainers of pictures: pictures and texts must reach the encoder as the nodes bring them.
 """
 
 import argparse

@@ -330,8 +330,11 @@ def main() -> None:
         written_out.use()
     base = chosen(args)
     twice = args.residual == "twice"
-    model = StoryGen(base, 0 if args.checkpoint else WIDEST, twice, fused if args.checkpoint else attend)
-    source = kept.mark(Path(args.stories)) if not args.stories.isdigit() else f"demo_{args.stories}_{args.seed}_{args.inside}"
+    model = StoryGen(base, 0 if args.checkpoint or twice else WIDEST, twice, fused if args.checkpoint else attend)
+    if args.stories.isdigit():
+        source = f"demo_{args.stories}_{args.seed}_{args.inside}"
+    else:
+        source = f"{args.layout}_{kept.mark(Path(args.stories))}"
     settings = f"{source}_{args.frames}_{args.side}_{args.pixel_range.replace(' ', '_')}"
     path = Path(args.folder) / f"storygen_data_{base.hash[:12]}_{settings}.pt"
     found = kept.kept(path, lambda: data(args, base, tuple(map(float, args.pixel_range.split()))))

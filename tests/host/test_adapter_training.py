@@ -86,7 +86,8 @@ def test_it_begins_at_the_texts_keys_or_without_a_picture():
 
 
 def test_a_folder_of_pictures_with_captions(tmp_path):
-    base, encoder = PictureModel("demo", WEIGHTS / "unet.safetensors", *load_demo()[:3]), PictureEncoder(load_clip_vision(str(WEIGHTS)))
+    base = PictureModel("demo", WEIGHTS / "unet.safetensors", *load_demo()[:3])
+    encoder = PictureEncoder(load_clip_vision(str(WEIGHTS)), WEIGHTS / "clip.safetensors")
     for name, level in (("a", 40), ("b", 120), ("c", 200)):
         Image.new("RGB", (90, 64), (level, 30, 60)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"a {name}\n")

@@ -169,8 +169,6 @@ def test_guidance_also_serves_parts_of_a_half(model, empty):
 
 def test_gradients_without_room_are_computed_in_parts_and_are_the_same(empty, monkeypatch):
     model, latent = tiny_joint(), given(empty, 0)
-    whole = run(model, latent, sampling.TO_SOUND, guidance=sampling.GRADIENT, strength=1.0)
-    assert not model.model.diffusion_model.lean
     kept = []
     for free in (1e12, 0):
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, free=free: free)
@@ -183,10 +181,10 @@ def test_gradients_without_room_are_computed_in_parts_and_are_the_same(empty, mo
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             parts = run(model, latent, sampling.TO_SOUND, guidance=sampling.GRADIENT, strength=1.0, steps=2)
         kept.append(sum(sizes.values()))
-    assert model.model.diffusion_model.lean and kept[1] < kept[0] / 2
+        assert model.model.diffusion_model.lean == (free == 0)
+    assert kept[1] < kept[0] / 2
     monkeypatch.undo()
     assert same(parts, run(model, latent, sampling.TO_SOUND, guidance=sampling.GRADIENT, strength=1.0, steps=2))
-    assert not same(parts, whole)
 
 
 @pytest.mark.parametrize("lean", (False, True))

@@ -155,7 +155,8 @@ def test_videos_with_the_mask_of_their_first_frame(folder):
 
 
 def test_cut_outs_are_encoded_as_the_nodes_encode_them():
-    base, encoder = PictureModel("demo", WEIGHTS / "unet.safetensors", *load_demo()[:3]), PictureEncoder(load_clip_vision(str(WEIGHTS)))
+    base = PictureModel("demo", WEIGHTS / "unet.safetensors", *load_demo()[:3])
+    encoder = PictureEncoder(load_clip_vision(str(WEIGHTS)), WEIGHTS / "clip.safetensors")
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(64, 64)
     mask[8:40, 10:50] = 1

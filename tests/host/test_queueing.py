@@ -149,6 +149,17 @@ def test_defaults_pass(name):
     assert queued(graph_of(name, needed.get(name, {}))) == (["end"], "")
 
 
+def test_boxes_of_a_path_in_the_graph_itself_pass_without_typed_ones():
+    assert queued(graph_of("StoryweftBoxTrack", {"boxes": "", "paths": '[{"x": 10, "y": 10}]'})) == (["end"], "")
+
+
+def test_graphs_from_before_an_input_was_added_pass():
+    for name, added in (("StoryweftSoundOptimise", "augment"), ("StoryweftLoadSoundJudge", "caption_judge")):
+        graph = graph_of(name, {})
+        del graph["node"]["inputs"][added]
+        assert queued(graph) == (["end"], "")
+
+
 @pytest.mark.parametrize(("name", "inputs", "sentence"), CASES, ids=LABELS)
 def test_typed_values_are_refused_when_the_graph_is_queued(name, inputs, sentence):
     outputs, refused = queued(graph_of(name, inputs))

@@ -178,7 +178,7 @@ def test_wrong_choices_are_refused_by_name(folder, monkeypatch):
     with pytest.raises(ValueError, match="StoryweftLoadSoundJudge: clap holds no weights"):
         load("clap", "clip-b32")
     (folder / "clap" / "config.json").write_text("[")
-    with pytest.raises(ValueError, match="clap is no CLAP model: its config.json says 'nothing that can be read'|AudioCLIP"):
+    with pytest.raises(ValueError, match="clap is no CLAP model: its config.json says 'nothing that can be read'"):
         load("clap", "clip-b32")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ValueError, match="clip-b32 needs the package transformers, which this ComfyUI lacks"):

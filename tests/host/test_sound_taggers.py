@@ -30,7 +30,7 @@ def module(monkeypatch, name, **parts):
     return sys.modules[name]
 
 
-def fake_nltk(monkeypatch, tags):
+def fake_nltk(monkeypatch, tags, version="3.10.4"):
     class Tokenizer:
         def span_tokenize(self, text):
             return iter((begin, end) for _, begin, end in tokens(text))
@@ -40,7 +40,7 @@ def fake_nltk(monkeypatch, tags):
             raise LookupError("Resource not found")
         return [(word, tags.get(word, "VBZ")) for word in words]
 
-    module(monkeypatch, "nltk", pos_tag=pos_tag)
+    module(monkeypatch, "nltk", pos_tag=pos_tag, __version__=version)
     module(monkeypatch, "nltk.tokenize", TreebankWordTokenizer=Tokenizer)
 
 
@@ -50,6 +50,9 @@ def test_nltk_says_noun_or_not_and_names_the_data_it_lacks(monkeypatch):
     fake_nltk(monkeypatch, None)
     with pytest.raises(ValueError, match="N: nltk lacks its data 'averaged_perceptron_tagger_eng'; run `python -m nltk.downloader"):
         taggers.load("nltk", "N")(CAPTION)
+    fake_nltk(monkeypatch, {}, "3.8.1")
+    with pytest.raises(ValueError, match="N: tagger is 'nltk', version 3.8.1; give 3.9 or newer"):
+        taggers.load("nltk", "N")
 
 
 def fake_spacy(monkeypatch, installed, tags):
