@@ -22,7 +22,7 @@ from .consistent import in_turn
 from storyweft.host.joint_av import JointDenoiser, Media, build  # isort: skip
 from storyweft.host.joint_media import empty  # isort: skip
 from storyweft.host.joint_sampling import DDPM, DPM, JOINT, REPLACEMENT, run_joint  # isort: skip
-from storyweft.models.joint_unet import CrossModalBlock  # isort: skip
+from storyweft.models.joint_unet import CrossModalBlock, JointUNet  # isort: skip
 
 HEAD_CHANNELS = 64
 # frames, height, width, samples, channels, window, blocks of the published network
@@ -164,6 +164,33 @@ def clips(dtype) -> list[str]:
     return lines
 
 
+def kept_for_gradients(lean: bool) -> int:
+    """Bytes that the way back through the published network keeps for one clip in float32, counted without computing."""
+    network = JointUNet(device="meta").requires_grad_(False)
+    network.lean, own, kept = lean, {value.untyped_storage()._cdata for value in network.parameters()}, {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    media, place = Media(), {"device": "meta", "requires_grad": True}
+    clip = [
+        torch.empty(1, 3, media.frames, media.height, media.width, **place), torch.empty(1, 1, media.samples, **place)
+    ]  # fmt: skip
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = network(*clip, torch.zeros(1, device="meta"))  # noqa: F841 holds what is kept
+        return sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in own)
+
+
+def gradient_lines() -> list[str]:
+    whole, parts = (kept_for_gradients(lean) / 1e9 for lean in (False, True))
+    return [
+        "",
+        f"Gradient guidance: the way back through the published network keeps {whole:.1f} GB a clip in float32, {parts:.2f} GB where "
+        "the network is computed in parts a second time (one forward pass more beside a forward and a backward pass).",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -205,7 +232,7 @@ def main() -> None:
         ]
         if args.device != "cpu":
             lines += ["", "Whole clips of the published network, random weights:", "", *clips(dtype)]
-    Path(args.out).write_text("\n".join([*lines, ""]))
+    Path(args.out).write_text("\n".join([*lines, *gradient_lines(), ""]))
 
 
 if __name__ == "__main__":
