@@ -109,8 +109,8 @@ REFUSALS = [
 def test_a_bad_input_gives_one_sentence_with_node_input_and_value(server, name, kind, inputs, sentence):
     server.prepare(name)
     followed = server.run(change(api(name), kind, **inputs))
-    if followed.status == 400:
-        assert re.search(sentence, str(followed.answer["node_errors"]))
+    if refused := followed.answer["node_errors"]:  # when queued; outputs that do not need the node are made all the same
+        assert re.search(sentence, str(refused))
         return
     assert "\n" not in followed.error
     assert re.search(sentence, followed.error), followed.error
