@@ -65,7 +65,7 @@ def test_it_acts_on_the_others_and_the_first_picture_is_the_plain_one(name, patc
     for row in range(1, ROWS):
         assert apart(out[row], plain[row]) > 1e-4
     if name != "svd":  # its temporal layers carry every frame into every other
-        assert torch.equal(out[0], plain[0])
+        assert apart(out[0], plain[0]) < 2e-5  # one row in place of all may round differently
     assert torch.equal(plain, tiny.sample(patcher, *inputs(name)))
 
 
