@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_core_with_the_nodes_patches(name, twice, demo):
     def predicted(clean):
         return base.wanted(clean, (seen["x"] - a.sqrt() * clean) / (1 - a).sqrt(), a)
 
-    assert torch.allclose(made[0], predicted(core), atol=2e-3)
+    assert torch.allclose(made[0], predicted(core), atol=2e-5)
     assert torch.isclose(loss, (predicted(core) - predicted(task.latents[:2, 3])).square().mean(), rtol=1e-3)
 
 
